@@ -1,0 +1,195 @@
+"""What a person sees: messages on stderr, data on stdout.
+
+Three ways of showing progress, chosen by where the output goes: a live line on a terminal, a plain line now and then in
+a file or a pipe, JSON events with `--json`. `NO_COLOR` and `TERM=dumb` are honoured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from finetune.errors import FinetuneError
+
+_STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
+
+PLAIN_INTERVAL_SECONDS = 15.0
+"""How often a plain progress line is printed when stderr is not a terminal: a ten-minute run fits on one screen."""
+
+LIVE_INTERVAL_SECONDS = 0.1
+"""How often the live line is redrawn: the eye sees no more."""
+
+
+class Console:
+    """Where all of a command's output goes. `json_events` turns messages into one JSON object a line on stdout."""
+
+    def __init__(self, *, json_events: bool = False) -> None:
+        self.json_events = json_events
+        self._live = False
+
+    # -- where the output goes ------------------------------------------------------------------------------------
+
+    @property
+    def is_terminal(self) -> bool:
+        return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not self.json_events
+
+    def style(self, text: str, name: str, *, stream: Any = None) -> str:
+        """`text` in a colour or weight, where the stream shows them."""
+        stream = stream or sys.stderr
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
+        return text if plain else f"\x1b[{_STYLES[name]}m{text}\x1b[0m"
+
+    # -- messages -------------------------------------------------------------------------------------------------
+
+    def say(self, text: str = "") -> None:
+        """A line for the person."""
+        if self.json_events:
+            if text:
+                self.event("message", text=text)
+            return
+        self._clear_live()
+        print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        if self.json_events:
+            self.event("warning", text=text)
+            return
+        self._clear_live()
+        print(f"{self.style('warning:', 'yellow')} {text}", file=sys.stderr, flush=True)
+
+    def error(self, error: FinetuneError) -> None:
+        """Print every problem of an error as `error:` and `hint:` lines."""
+        self._clear_live()
+        for problem in error.problems:
+            if self.json_events:
+                self.event("error", message=problem.message, place=problem.place, hint=problem.hint)
+                continue
+            print(f"{self.style('error:', 'red')} {problem}", file=sys.stderr)
+            if problem.hint:
+                print(f"{self.style('hint:', 'cyan')} {problem.hint}", file=sys.stderr)
+        sys.stderr.flush()
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """A machine-readable event; nothing is printed unless `--json` was given."""
+        if self.json_events:
+            print(json.dumps({"event": kind, **fields}, ensure_ascii=False, allow_nan=False), flush=True)
+
+    def data(self, text: str) -> None:
+        """What was asked for, on stdout, so that it can be piped."""
+        self._clear_live()
+        print(text, flush=True)
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]], *, stdout: bool = False) -> None:
+        """A table with aligned columns: text to the left, numbers to the right."""
+        lines = render_table(header, list(rows))
+        if stdout:
+            self.data("\n".join(lines))
+            return
+        for number, line in enumerate(lines):
+            self.say(self.style(line, "bold") if number == 0 else line)
+
+    # -- progress -------------------------------------------------------------------------------------------------
+
+    def progress(self, label: str, total: int | None = None, *, unit: str = "") -> Progress:
+        return Progress(self, label, total, unit)
+
+    def _draw_live(self, text: str) -> None:
+        width = shutil.get_terminal_size().columns
+        sys.stderr.write("\r\x1b[2K" + text[: width - 1])
+        sys.stderr.flush()
+        self._live = True
+
+    def _clear_live(self) -> None:
+        if self._live:
+            sys.stderr.write("\r\x1b[2K")
+            self._live = False
+
+
+class Progress:
+    """A long step's progress. Use as a context manager; call `update` as often as you like."""
+
+    def __init__(self, console: Console, label: str, total: int | None, unit: str) -> None:
+        self._console, self._label, self._total, self._unit = console, label, total, unit
+        self._done = 0
+        self._started = time.monotonic()
+        self._shown = self._started
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._console._clear_live()
+
+    def update(self, done: int, detail: str = "") -> None:
+        """`done` of the total is behind us; `detail` is shown beside the bar."""
+        self._done = done
+        now = time.monotonic()
+        interval = LIVE_INTERVAL_SECONDS if self._console.is_terminal else PLAIN_INTERVAL_SECONDS
+        if now - self._shown < interval:
+            return
+        self._shown = now
+        if self._console.is_terminal:
+            self._console._draw_live(self._line(bar=True) + ("  " + detail if detail else ""))
+        elif not self._console.json_events:
+            self._console.say(self._line(bar=False) + ("  " + detail if detail else ""))
+
+    def advance(self, detail: str = "") -> None:
+        self.update(self._done + 1, detail)
+
+    def _line(self, *, bar: bool) -> str:
+        unit = f" {self._unit}" if self._unit else ""
+        if not self._total:
+            return f"{self._label} {self._done:,}{unit}"
+        share = min(1.0, self._done / self._total)
+        counts = f"{self._done:,}/{self._total:,}{unit}"
+        if not bar:
+            return f"{self._label} {counts}"
+        filled = round(share * 20)
+        return f"{self._label} {'━' * filled}{'╌' * (20 - filled)} {counts}"
+
+    def seconds_left(self) -> float | None:
+        """An estimate from the mean pace so far, or None before there is one."""
+        if not self._total or not self._done:
+            return None
+        return (time.monotonic() - self._started) / self._done * (self._total - self._done)
+
+
+def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned lines; a column whose every cell looks like a number is set to the right."""
+    cells = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    numeric = [all(_looks_numeric(row[column]) for row in cells[1:]) for column in range(len(header))]
+    lines = []
+    for row in cells:
+        parts = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        lines.append("  ".join(parts).rstrip())
+    return lines
+
+
+def _looks_numeric(cell: str) -> bool:
+    return not cell or cell[0].isdigit() or (cell[0] in "+-−–" and len(cell) > 1 and cell[1].isdigit()) or cell in "–-"
+
+
+def duration(seconds: float) -> str:
+    """`95` → `1:35`, `7500` → `2:05:00`."""
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    minutes, secs = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
+
+
+def size(number: float) -> str:
+    """Bytes for people: `1536` → `1.5 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(number) < 1024 or unit == "GiB":
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    raise AssertionError("unreachable")
