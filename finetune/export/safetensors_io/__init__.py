@@ -1,0 +1,15 @@
+"""Reading and writing model folders in the safetensors format, a tensor at a time."""
+
+from finetune.export.safetensors_io.header import StoredTensor, itemsize
+from finetune.export.safetensors_io.reader import Checkpoint, open_checkpoint, open_file
+from finetune.export.safetensors_io.writer import CheckpointWriter, PlannedTensor
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointWriter",
+    "PlannedTensor",
+    "StoredTensor",
+    "itemsize",
+    "open_checkpoint",
+    "open_file",
+]

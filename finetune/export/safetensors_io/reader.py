@@ -1,0 +1,142 @@
+"""A model folder's tensors, read one at a time (or a few rows at a time) from one file or many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.errors import BaseError, ExportError, StorageError
+from finetune.export.safetensors_io.header import StoredTensor, parse_header
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK_BYTES = 64 * 2**20
+"""How much of a tensor `chunks` holds at once."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder (or one file) holds. `tensors` keeps the order of the files; nothing is read until asked for."""
+
+    place: Path
+    tensors: dict[str, StoredTensor]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor on the CPU, in its stored dtype and shape."""
+        stored = self.tensors[name]
+        return self._read(stored, stored.start, stored.nbytes).reshape(stored.shape)
+
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
+        """The same tensor in groups of rows along its first dimension, about CHUNK_BYTES each (one row at least).
+
+        A scalar, or a tensor without elements, comes in one piece.
+        """
+        stored = self.tensors[name]
+        if not stored.shape or stored.nbytes <= CHUNK_BYTES:
+            yield self.read(name)
+            return
+        row = stored.nbytes // stored.shape[0]
+        step = max(1, CHUNK_BYTES // row)
+        for first in range(0, stored.shape[0], step):
+            count = min(step, stored.shape[0] - first)
+            yield self._read(stored, stored.start + first * row, count * row).reshape(count, *stored.shape[1:])
+
+    def _read(self, stored: StoredTensor, start: int, nbytes: int) -> torch.Tensor:
+        import torch
+
+        dtype = _torch_dtypes().get(stored.dtype)
+        if dtype is None:
+            raise ExportError(f"`{stored.name}` is stored as {stored.dtype}", place=str(stored.file))
+        if nbytes == 0:
+            return torch.empty(0, dtype=dtype)
+        buffer = bytearray(nbytes)
+        try:
+            with stored.file.open("rb") as file:
+                file.seek(start)
+                count = file.readinto(buffer)
+        except OSError as error:
+            raise StorageError(f"cannot be read: {error.strerror}", place=str(stored.file)) from error
+        if count != nbytes:
+            raise StorageError("became shorter while it was read", place=str(stored.file))
+        return torch.frombuffer(buffer, dtype=dtype)
+
+
+def open_file(path: Path) -> Checkpoint:
+    """One safetensors file. Raises StorageError if it is missing or damaged."""
+    if not path.is_file():
+        raise StorageError("there is no such file", place=str(path))
+    return Checkpoint(path, {tensor.name: tensor for tensor in parse_header(path)})
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The weights of a model folder: `model.safetensors`, or the shards `model.safetensors.index.json` names.
+
+    Raises BaseError if the folder has no such weights (weights in the pickle format are never read: a pickle runs
+    code), StorageError if a file is missing or damaged.
+    """
+    if not folder.is_dir():
+        raise BaseError("there is no such folder", place=str(folder))
+    if (folder / "model.safetensors").is_file():
+        return Checkpoint(folder, open_file(folder / "model.safetensors").tensors)
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+        raise BaseError(
+            "its weights are in the pickle format, which can run code when it is opened"
+            if pickled
+            else "there are no weights here (model.safetensors)",
+            place=str(folder),
+            hint="use a revision that has safetensors files" if pickled else None,
+        )
+    placed = _read_index(index)
+    shards = sorted(set(placed.values()))
+    if missing := [name for name in shards if not (folder / name).is_file()]:
+        raise StorageError(f"these files are missing: {', '.join(missing)}", place=str(folder), hint="download again")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        for tensor in parse_header(folder / shard):
+            if placed.get(tensor.name, shard) != shard:
+                continue
+            if tensor.name in tensors:
+                raise StorageError(f"`{tensor.name}` is in more than one file", place=str(folder))
+            tensors[tensor.name] = tensor
+    if lost := sorted(set(placed) - set(tensors)):
+        raise StorageError(f"`{lost[0]}` is not in {placed[lost[0]]}, where it should be", place=str(index))
+    return Checkpoint(folder, tensors)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Tensor name → file name. A file name may not lead out of the folder."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        placed = content["weight_map"]
+        pairs = list(placed.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StorageError(f"is not a valid index: {error}", place=str(index)) from error
+    for name, shard in pairs:
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set('/\\:\0"'):
+            raise StorageError(f"`{name}` is said to be in {shard!r}, which is not a file name", place=str(index))
+    if not pairs:
+        raise StorageError("names no tensors", place=str(index))
+    return dict(pairs)
+
+
+def _torch_dtypes() -> dict[str, torch.dtype]:
+    import torch
+
+    return {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
