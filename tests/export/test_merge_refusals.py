@@ -1,0 +1,169 @@
+"""What a merge refuses, and that it has written nothing by then."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune.errors import BaseError, ExportError, FinetuneError, RunError, StorageError
+from finetune.export.merge import merge
+
+from .conftest import LlamaMaker, save_adapter
+
+
+def _edit_config(adapter: Path, **changes: Any) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _edit_tensors(adapter: Path, edit: Callable[[Tensors], Any]) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    edit(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+REFUSED_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "another method": ({"peft_type": "LOHA"}, "only LORA"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "bias": ({"bias": "all"}, "`bias`"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias"),
+    "trained tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+    "experts": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+    "replicated layers": ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    "activated LoRA": ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
+    "a setting of the future": ({"use_magic": True}, "use_magic"),
+    "an init that changed the base": ({"init_lora_weights": "pissa_niter_4"}, "changed the base"),
+    "another rank": ({"r": 5}, "rank 5"),
+    "a broken pattern": ({"rank_pattern": {"(": 3}}, "rank_pattern"),
+    "no rank": ({"r": None}, "must be numbers"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_SETTINGS)
+def test_settings_that_cannot_be_merged_are_refused(stories: Path, q_adapter: Path, tmp_path: Path, case: str) -> None:
+    changes, words = REFUSED_SETTINGS[case]
+    _edit_config(q_adapter, **changes)
+    _refused(stories, q_adapter, tmp_path, words)
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def _put(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Callable[[Tensors], Any]:
+    return lambda tensors: tensors.update({name: torch.ones(*shape, dtype=dtype)})
+
+
+def _for_another_module(tensors: Tensors) -> None:
+    tensors.update({name.replace("q_proj", "z_proj"): tensor.clone() for name, tensor in list(tensors.items())})
+
+
+def _scale_b(factor: float) -> Callable[[Tensors], Any]:
+    return lambda tensors: [tensor.mul_(factor) for name, tensor in tensors.items() if "lora_B" in name]
+
+
+BASE = "base_model.model"
+REFUSED_TENSORS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
+    "a part is missing": (lambda tensors: tensors.pop(f"{Q}.lora_B.weight"), "has the parts"),
+    "a weight in full": (_put(f"{BASE}.model.norm.weight", 64), "in full"),
+    "an unknown weight in full": (_put(f"{BASE}.lm_head.weight", 512, 64), "in full"),
+    "a stray": (_put(f"{Q}.lora_C.weight", 2), "not known"),
+    "an embedding": (_put(f"{BASE}.model.embed_tokens.lora_embedding_A", 2, 2), "of an embedding"),
+    "a bias": (_put(f"{Q}.lora_B.bias", 2), "bias"),
+    "trained tokens": (_put(f"{BASE}.model.embed_tokens.trainable_tokens_delta", 2), "tokens"),
+    "no such module": (_for_another_module, "no counterpart"),
+    "another shape": (_put(f"{Q}.lora_B.weight", 65, 4), "shape"),
+    "not linear": (_put(f"{Q}.lora_B.weight", 64, 4, 1, 1), "not a linear"),
+    "not a number": (lambda tensors: tensors[f"{Q}.lora_B.weight"][0].fill_(float("nan")), f"{Q}.lora_B.weight"),
+    "integers": (_put(f"{Q}.lora_B.weight", 64, 4, dtype=torch.int32), "stored as I32"),
+    "nothing": (lambda tensors: tensors.clear(), "no LoRA weights"),
+    "nothing learned": (_scale_b(0.0), "nothing was learned"),
+    "too little learned": (_scale_b(1e-30), "bit for bit"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_TENSORS)
+def test_tensors_that_cannot_be_merged_are_refused(stories: Path, q_adapter: Path, tmp_path: Path, case: str) -> None:
+    edit, words = REFUSED_TENSORS[case]
+    _edit_tensors(q_adapter, edit)
+    _refused(stories, q_adapter, tmp_path, words)
+
+
+def test_a_layer_that_shares_its_weight_with_the_embedding_is_refused(
+    stories: Path, q_adapter: Path, tmp_path: Path
+) -> None:
+    _edit_tensors(
+        q_adapter,
+        lambda t: t.update(
+            {
+                "base_model.model.lm_head.lora_A.weight": torch.ones(4, 64),
+                "base_model.model.lm_head.lora_B.weight": torch.ones(512, 4),
+            }
+        ),
+    )
+    _refused(stories, q_adapter, tmp_path, "shares its weight")
+
+
+def test_a_sum_too_large_for_float16_is_refused_by_name(stories: Path, q_adapter: Path, tmp_path: Path) -> None:
+    _edit_tensors(q_adapter, lambda t: t[f"{Q}.lora_B.weight"].fill_(1e6))
+    with pytest.raises(ExportError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight.*finite"):
+        merge(stories, q_adapter, tmp_path / "merged", tokenizer=stories, dtype="float16")
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_a_quantised_base_is_refused(make_llama: LlamaMaker, stories: Path, tmp_path: Path) -> None:
+    base = make_llama()
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(96 * 32, 1, dtype=torch.uint8)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    _refused(base, adapter, tmp_path, "quantised", tokenizer=stories)
+
+
+def test_what_exists_is_not_overwritten(stories: Path, full_adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(ExportError, match="exists already"):
+        merge(stories, full_adapter, tmp_path / "merged", tokenizer=stories, dtype=None)
+    assert not list((tmp_path / "merged").iterdir())
+
+
+def test_a_full_disk_is_noticed_before_writing(
+    stories: Path, full_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    with pytest.raises(StorageError, match=r"0\.1 GB are needed here and 0\.0 GB are free"):
+        merge(stories, full_adapter, tmp_path / "merged", tokenizer=stories, dtype=None)
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_missing_pieces(stories: Path, q_adapter: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(RunError, match=r"no adapter_config\.json"):
+        merge(stories, empty, tmp_path / "merged", tokenizer=stories, dtype=None)
+    with pytest.raises(BaseError, match=r"no config\.json"):
+        merge(empty, q_adapter, tmp_path / "merged", tokenizer=stories, dtype=None)
+    with pytest.raises(ExportError, match="no tokenizer"):
+        merge(stories, q_adapter, tmp_path / "merged", tokenizer=empty, dtype=None)
+    (q_adapter / "adapter_model.safetensors").rename(q_adapter / "adapter_model.bin")
+    with pytest.raises(RunError, match=r"no adapter_model\.safetensors") as caught:
+        merge(stories, q_adapter, tmp_path / "merged", tokenizer=stories, dtype=None)
+    assert caught.value.problems[0].hint == "weights in the pickle format are never read"
+
+
+def _refused(base: Path, adapter: Path, tmp_path: Path, words: str, *, tokenizer: Path | None = None) -> None:
+    with pytest.raises(FinetuneError) as caught:
+        merge(base, adapter, tmp_path / "merged", tokenizer=tokenizer or base, dtype="bfloat16")
+    assert isinstance(caught.value, ExportError)
+    assert words in str(caught.value)
+    assert all(problem.place for problem in caught.value.problems)
+    assert not list(tmp_path.glob("merged*"))
