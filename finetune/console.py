@@ -30,18 +30,19 @@ class Console:
 
     def __init__(self, *, json_events: bool = False) -> None:
         self.json_events = json_events
+        # Held from the start: while libraries run, sys.stdout and sys.stderr lead into the run's log.
+        self._out, self._err = sys.stdout, sys.stderr
         self._live = False
 
     # -- where the output goes ------------------------------------------------------------------------------------
 
     @property
     def is_terminal(self) -> bool:
-        return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not self.json_events
+        return self._err.isatty() and os.environ.get("TERM") != "dumb" and not self.json_events
 
-    def style(self, text: str, name: str, *, stream: Any = None) -> str:
-        """`text` in a colour or weight, where the stream shows them."""
-        stream = stream or sys.stderr
-        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
+    def style(self, text: str, name: str) -> str:
+        """`text` in a colour or weight, where stderr shows them."""
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not self._err.isatty()
         return text if plain else f"\x1b[{_STYLES[name]}m{text}\x1b[0m"
 
     # -- messages -------------------------------------------------------------------------------------------------
@@ -53,14 +54,14 @@ class Console:
                 self.event("message", text=text)
             return
         self._clear_live()
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=self._err, flush=True)
 
     def warn(self, text: str) -> None:
         if self.json_events:
             self.event("warning", text=text)
             return
         self._clear_live()
-        print(f"{self.style('warning:', 'yellow')} {text}", file=sys.stderr, flush=True)
+        print(f"{self.style('warning:', 'yellow')} {text}", file=self._err, flush=True)
 
     def error(self, error: FinetuneError) -> None:
         """Print every problem of an error as `error:` and `hint:` lines."""
@@ -69,20 +70,22 @@ class Console:
             if self.json_events:
                 self.event("error", message=problem.message, place=problem.place, hint=problem.hint)
                 continue
-            print(f"{self.style('error:', 'red')} {problem}", file=sys.stderr)
+            print(f"{self.style('error:', 'red')} {problem}", file=self._err)
             if problem.hint:
-                print(f"{self.style('hint:', 'cyan')} {problem.hint}", file=sys.stderr)
-        sys.stderr.flush()
+                print(f"{self.style('hint:', 'cyan')} {problem.hint}", file=self._err)
+        self._err.flush()
 
     def event(self, kind: str, **fields: Any) -> None:
         """A machine-readable event; nothing is printed unless `--json` was given."""
         if self.json_events:
-            print(json.dumps({"event": kind, **fields}, ensure_ascii=False, allow_nan=False), flush=True)
+            print(
+                json.dumps({"event": kind, **fields}, ensure_ascii=False, allow_nan=False), file=self._out, flush=True
+            )
 
     def data(self, text: str) -> None:
         """What was asked for, on stdout, so that it can be piped."""
         self._clear_live()
-        print(text, flush=True)
+        print(text, file=self._out, flush=True)
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]], *, stdout: bool = False) -> None:
         """A table with aligned columns: text to the left, numbers to the right."""
@@ -100,13 +103,13 @@ class Console:
 
     def _draw_live(self, text: str) -> None:
         width = shutil.get_terminal_size().columns
-        sys.stderr.write("\r\x1b[2K" + text[: width - 1])
-        sys.stderr.flush()
+        self._err.write("\r\x1b[2K" + text[: width - 1])
+        self._err.flush()
         self._live = True
 
     def _clear_live(self) -> None:
         if self._live:
-            sys.stderr.write("\r\x1b[2K")
+            self._err.write("\r\x1b[2K")
             self._live = False
 
 
@@ -114,7 +117,7 @@ class Progress:
     """A long step's progress. Use as a context manager; call `update` as often as you like."""
 
     def __init__(self, console: Console, label: str, total: int | None, unit: str) -> None:
-        self._console, self._label, self._total, self._unit = console, label, total, unit
+        self._console, self._label, self.total, self._unit = console, label, total, unit
         self._done = 0
         self._started = time.monotonic()
         self._shown = self._started
@@ -143,10 +146,10 @@ class Progress:
 
     def _line(self, *, bar: bool) -> str:
         unit = f" {self._unit}" if self._unit else ""
-        if not self._total:
+        if not self.total:
             return f"{self._label} {self._done:,}{unit}"
-        share = min(1.0, self._done / self._total)
-        counts = f"{self._done:,}/{self._total:,}{unit}"
+        share = min(1.0, self._done / self.total)
+        counts = f"{self._done:,}/{self.total:,}{unit}"
         if not bar:
             return f"{self._label} {counts}"
         filled = round(share * 20)
@@ -154,9 +157,9 @@ class Progress:
 
     def seconds_left(self) -> float | None:
         """An estimate from the mean pace so far, or None before there is one."""
-        if not self._total or not self._done:
+        if not self.total or not self._done:
             return None
-        return (time.monotonic() - self._started) / self._done * (self._total - self._done)
+        return (time.monotonic() - self._started) / self._done * (self.total - self._done)
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

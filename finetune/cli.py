@@ -1,0 +1,312 @@
+"""The `ft` command: one function per command, no logic, and the one place where errors become exit codes.
+
+Only what `--help` needs is imported at the top; each command imports its own stage.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from finetune import __version__
+from finetune.console import Console
+from finetune.errors import FinetuneError
+
+HELP = {"help_option_names": ["-h", "--help"]}
+INTERRUPTED = 130
+"""What shells report for Ctrl-C: 128 + SIGINT."""
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings=HELP,
+    help="Fine-tune open language models on one GPU: a YAML file in, a model that runs anywhere out.",
+)
+config_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, context_settings=HELP, help="What can stand in a config."
+)
+app.add_typer(config_app, name="config")
+
+console = Console()
+
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML config, for instance configs/quickstart.yaml.")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or its name below runs/.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a value of the config; repeatable."),
+]
+RunsOption = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where run folders are kept.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs on stdout.")]
+RUNS = Path("runs")
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        console.data(f"ft {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="The config to write.")] = Path("configs/my-model.yaml"),
+    data: Annotated[Path | None, typer.Option(help="Your data file; its format is looked at.")] = None,
+    base: Annotated[str | None, typer.Option(help="Hub id or folder of the model to start from.")] = None,
+) -> None:
+    """Write a config to start from.
+
+    \b
+    Example:
+      ft init configs/contracts.yaml --data contracts.jsonl --base meta-llama/Llama-3.2-3B-Instruct
+    """
+    from finetune.starter import write_starter
+
+    for line in write_starter(path, data, base):
+        console.say(line)
+
+
+@app.command()
+def check(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    show: Annotated[bool, typer.Option("--show", help="Print every value and where it was written.")] = False,
+) -> None:
+    """Check a config in under a second: keys, types, values, files, the format of the data.
+
+    \b
+    Examples:
+      ft check configs/legal-llama3-8b.yaml
+      ft check configs/legal-llama3-8b.yaml --show -s lora.rank=32
+    """
+    from finetune.pipeline import check as run_check
+
+    run_check(config, overrides or [], console, show=show)
+
+
+@app.command()
+def data(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    row: Annotated[int, typer.Option(help="The first row to show, counted from 1.")] = 1,
+    rows: Annotated[int, typer.Option(help="How many rows to show.")] = 3,
+    json_output: JsonOption = False,
+) -> None:
+    """Show the data as the model will see it: what was read, what carries loss, how long it is.
+
+    \b
+    Examples:
+      ft data configs/quickstart.yaml
+      ft data configs/quickstart.yaml --row 17 --rows 1
+    """
+    console.json_events = json_output
+    from finetune.pipeline import show_data
+
+    show_data(config, overrides or [], console, first=row, count=rows)
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start a new run even if there is one to go on with.")] = False,
+    runs: RunsOption = RUNS,
+    json_output: JsonOption = False,
+) -> None:
+    """Fine-tune: from a config to a trained adapter, evaluated against its base.
+
+    The same command again goes on where a run stopped.
+
+    \b
+    Examples:
+      ft train configs/legal-llama3-8b.yaml
+      ft train configs/legal-llama3-8b.yaml -s lora.rank=32 -s train.learning_rate=1e-4 --fresh
+    """
+    console.json_events = json_output
+    from finetune.pipeline import train as run_training
+
+    finished = run_training(config, overrides or [], runs, console, fresh=fresh)
+    path = finished.run.path
+    console.event("finished", run=str(path), already=finished.already)
+    if finished.already:
+        console.say(f"{path} is finished; nothing to do. `ft train {config} --fresh` trains again in a new folder.")
+        return
+    console.say()
+    console.say(f"done: {path}")
+    console.say(f"next: `ft chat {path}` to talk to it, `ft export {path} --to gguf` to take it elsewhere")
+
+
+@app.command("eval")
+def evaluate(run: RunArgument, json_output: JsonOption = False) -> None:
+    """Compare a run's adapter with its base again, on the held-out rows.
+
+    \b
+    Example:
+      ft eval runs/quickstart
+    """
+    console.json_events = json_output
+    from finetune.pipeline import evaluate as run_evaluation
+    from finetune.pipeline import show_comparison
+    from finetune.runs.folder import finished_run
+
+    comparison = run_evaluation(finished_run(run), console)
+    if comparison is None:
+        console.say("nothing was held out (evaluation.split is 0), so there is nothing to compare on")
+    else:
+        show_comparison(comparison, console)
+
+
+@app.command()
+def chat(
+    run: RunArgument,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Ask this one thing and exit.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    using: Annotated[
+        str, typer.Option("--using", help="adapter, merged, gguf, or auto: the newest there is.")
+    ] = "auto",
+    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 gives the most likely answer every time.")] = 0.0,
+) -> None:
+    """Talk to a trained model. An empty line or Ctrl-D ends it.
+
+    \b
+    Examples:
+      ft chat runs/quickstart
+      ft chat runs/quickstart --prompt "Which kind of clause is this? ..."
+    """
+    from finetune.runs.folder import finished_run
+    from finetune.serve.chat import Settings, talk
+
+    talk(finished_run(run), Settings(using, system, max_tokens, temperature), prompt, console)
+
+
+@app.command()
+def merge(run: RunArgument) -> None:
+    """Add the adapter to its 16-bit base: a model folder that needs no PEFT.
+
+    \b
+    Example:
+      ft merge runs/quickstart
+    """
+    from finetune.pipeline import merge as run_merge
+    from finetune.runs.folder import finished_run
+
+    run_merge(finished_run(run), console)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[
+        str, typer.Option("--to", help="hf: safetensors for transformers and vLLM. gguf: Ollama, llama.cpp.")
+    ] = "gguf",
+    quant: Annotated[str, typer.Option("--quant", help="For gguf: f16, bf16 or q8_0.")] = "q8_0",
+) -> None:
+    """Export a trained model to where it will run.
+
+    \b
+    Examples:
+      ft export runs/quickstart --to gguf --quant q8_0
+      ft export runs/quickstart --to hf
+    """
+    from finetune.pipeline import export as run_export
+    from finetune.runs.folder import finished_run
+
+    run_export(finished_run(run), to, quant, console)
+
+
+@app.command()
+def runs(runs: RunsOption = RUNS, json_output: JsonOption = False) -> None:
+    """List the runs, with their state and their loss before and after.
+
+    \b
+    Example:
+      ft runs
+    """
+    console.json_events = json_output
+    from finetune.pipeline import show_runs
+
+    show_runs(runs, console)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, what is missing, and how to get it.
+
+    \b
+    Example:
+      ft doctor
+    """
+    from finetune.doctor import examine
+
+    if not examine(console):
+        raise typer.Exit(1)
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config, for editors.
+
+    \b
+    Example:
+      ft config schema > config.schema.json
+    """
+    from finetune.config.reference import json_schema
+
+    console.data(json_schema().rstrip())
+
+
+@config_app.command()
+def explain(key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="For instance lora.rank.")] = None) -> None:
+    """Explain a key of the config, or list them all.
+
+    \b
+    Examples:
+      ft config explain
+      ft config explain lora.rank
+    """
+    from finetune.config.reference import explain as explain_key
+
+    console.data(explain_key(key))
+
+
+def main() -> None:
+    """The entry point: runs a command, and turns what goes wrong into one clear message and an exit code.
+
+    2: the input is wrong. 1: the machine or the moment is. 130: interrupted. 70: a bug of ours.
+    """
+    try:
+        # Without standalone mode, typer hands back an exit code instead of exiting with it.
+        sys.exit(app(prog_name="ft", standalone_mode=False))
+    except FinetuneError as error:
+        console.error(error)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        console.say("interrupted: the same command goes on from the last checkpoint")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output left (`ft runs | head`); there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        from finetune.bugs import report
+
+        console.error(report(error))
+        sys.exit(70)
+
+
+if __name__ == "__main__":
+    main()

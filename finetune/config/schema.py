@@ -1,0 +1,230 @@
+"""The config: every key, its type, its default and why. Nothing else in the project has defaults for these.
+
+The docstring under a field is its documentation: `ft config explain KEY`, `ft config schema` and docs/config.md are
+made from it. Models are frozen and refuse unknown keys.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, strict about types, closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class DataSource(Section):
+    path: Annotated[str, Field(min_length=1)]
+    """A .jsonl, .json, .csv or .parquet file (relative to the YAML it is written in), or the id of a dataset on the
+    Hugging Face Hub."""
+
+    format: Format = "auto"
+    """How a row is read. `auto` decides from the rows and says what it found."""
+
+    columns: Annotated[dict[str, str], Field(default_factory=dict)]
+    """Renames columns: the name that the format expects → the name that the file has, for instance
+    `{prompt: question, completion: answer}`."""
+
+    split: Annotated[str, Field(min_length=1)] = "train"
+    """Which split of a Hub dataset to use. Has no effect on a file."""
+
+    revision: str | None = None
+    """Which commit, tag or branch of a Hub dataset to use; the newest if not given. Has no effect on a file."""
+
+    on_overlong: Literal["error", "truncate", "drop"] = "error"
+    """What to do with a row of more tokens than `train.sequence_length`. `error` is the default because the other two
+    lose text that somebody meant to train on: `truncate` keeps the first tokens, `drop` leaves the row out. Both say
+    how much was lost."""
+
+
+class Evaluation(Section):
+    split: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05
+    """Rows held out of `data` for evaluation, drawn with `train.seed`: a fraction below 1, or a number of rows. 0 trains
+    on everything and evaluates nothing. 5 % is enough to see the loss fall and costs little data."""
+
+    path: str | None = None
+    """A file of held-out rows to evaluate on, instead of a split."""
+
+    format: Format = "auto"
+    """The format of `evaluation.path`, as in `data`."""
+
+    columns: Annotated[dict[str, str], Field(default_factory=dict)]
+    """Renamed columns of `evaluation.path`, as in `data`."""
+
+    max_rows: PositiveInt = 200
+    """At most this many held-out rows are evaluated, so that evaluation stays cheap beside training. With 200 rows the
+    standard error of a per-row loss is 7 % of its spread (1/√200)."""
+
+    every: PositiveInt | None = None
+    """Also evaluate the loss every so many optimizer steps during training. Not given: before and after only."""
+
+    metric: Literal["none", "exact-match"] = "none"
+    """`exact-match` also answers the prompts of the held-out rows greedily, with the base and with the tuned model, and
+    counts the answers that equal the reference. For short answers that are right or wrong."""
+
+    samples: Annotated[int, Field(ge=0, le=50)] = 3
+    """How many held-out prompts both models answer at the end, so that a person sees the difference."""
+
+    max_new_tokens: PositiveInt = 128
+    """The longest answer generated in evaluation, in tokens: enough to judge an answer by, cheap enough to wait for."""
+
+
+class Lora(Section):
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """The rank r of the update B·A. 16 on all linear layers matches full fine-tuning on instruction data in the QLoRA
+    paper (arXiv 2305.14314, which found rank to matter little once all layers are adapted)."""
+
+    alpha: PositiveFloat = 32
+    """The update is scaled by alpha / rank. Twice the rank is the common choice; with it the default learning rate
+    holds across ranks."""
+
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input. 0 is fastest and right for a few epochs; 0.05 helps when data is scarce."""
+
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "all-linear"
+    """Which linear layers get an adapter: `all-linear` (all but the output head), or a list of module names such as
+    `[q_proj, v_proj]`. Adapting all of them is what makes LoRA equal full fine-tuning (arXiv 2305.14314, figure 2)."""
+
+
+class Train(Section):
+    epochs: PositiveFloat = 3
+    """How often the training rows are seen. Three is where instruction tuning usually stops improving."""
+
+    max_steps: PositiveInt | None = None
+    """Stop after so many optimizer steps, whatever `epochs` says."""
+
+    learning_rate: PositiveFloat = 2e-4
+    """The peak learning rate of AdamW. 2e-4 is the QLoRA paper's value for 7B to 13B models."""
+
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+
+    warmup: Fraction = 0.03
+    """The fraction of the steps over which the learning rate rises from 0 (the QLoRA paper's 3 %)."""
+
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """AdamW's decoupled weight decay on the adapter."""
+
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
+
+    micro_batch_size: PositiveInt = 2
+    """Sequences in one forward and backward pass. Raise it until memory is full."""
+
+    gradient_accumulation_steps: PositiveInt = 8
+    """Passes summed into one optimizer step; micro_batch_size × this is the effective batch. 16 is the common value."""
+
+    sequence_length: Annotated[int, Field(ge=8)] = 2048
+    """The longest sequence, in tokens. Memory grows with it. Also the size of a pack."""
+
+    packing: bool = True
+    """Put several short rows into one sequence, each attending only to itself: no computation is spent on padding.
+    Nothing is cut or dropped by it."""
+
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Which tokens carry loss: `assistant` (the answers with their end-of-turn token), or `all`. Rows of `text` always
+    train on all."""
+
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "auto"
+    """`auto` is AdamW with fp32 state: an adapter is so small that 8-bit state saves little. The paged and 8-bit ones
+    are for large ranks on small cards; they need a CUDA GPU."""
+
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: far less memory for about a third more time. `auto` is on with a GPU,
+    and off on a CPU, where memory is not what is scarce."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seeds the adapter's initialisation, the order of the rows, the held-out split and dropout."""
+
+    save_every: PositiveInt | None = None
+    """Write a checkpoint every so many optimizer steps. Not given: ten times over the run."""
+
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """How many of the newest checkpoints are kept. Two, so that one that turns out damaged does not cost the run."""
+
+    log_every: PositiveInt | None = None
+    """Write a line of metrics every so many optimizer steps. Not given: 100 times over the run, at least."""
+
+
+class Config(Section):
+    base: Annotated[str, Field(min_length=1)]
+    """The model to fine-tune: a Hub id such as `mistralai/Mistral-7B-Instruct-v0.3`, or a local folder (relative to
+    the YAML it is written in)."""
+
+    revision: str | None = None
+    """Which commit, tag or branch of a Hub model to use; the newest if not given. The commit is kept in the run."""
+
+    chat_template: str | None = None
+    """The chat template, if not the base's own: `chatml`, `plain`, or a .jinja file. A base without one needs this."""
+
+    data: Annotated[tuple[DataSource, ...], Field(strict=False, min_length=1)]
+    """What to train on: a list of files or Hub datasets."""
+
+    evaluation: Evaluation = Evaluation()
+    """How the tuned model is compared with the base."""
+
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    """How the frozen base is held in memory while training. `nf4` (QLoRA, with double quantisation) needs about half
+    a byte a parameter, `int8` one, `none` two."""
+
+    lora: Lora = Lora()
+    """The adapter."""
+
+    train: Train = Train()
+    """The training run."""
+
+    tracking: Literal["none", "wandb"] = "none"
+    """Where metrics go besides the run folder. Nothing leaves the machine unless this says so."""
+
+
+def ineffective_keys(config: Config) -> dict[str, str]:
+    """Keys that this config makes meaningless → why. Writing such a key down is an error: it would be believed.
+
+    Pure; the loader asks only about keys that the config file or the command line itself sets, since a recipe may
+    well set what a config then switches off.
+    """
+    found: dict[str, str] = {}
+    if config.evaluation.path is not None:
+        found["evaluation.split"] = "evaluation.path names the held-out rows, so nothing is split off"
+    else:
+        for key in ("format", "columns"):
+            found[f"evaluation.{key}"] = "there is no evaluation.path for it to describe"
+    if config.evaluation.path is None and config.evaluation.split == 0:
+        for key in ("max_rows", "every", "metric", "samples", "max_new_tokens"):
+            found[f"evaluation.{key}"] = "evaluation.split is 0, so nothing is evaluated"
+    elif config.evaluation.metric == "none" and config.evaluation.samples == 0:
+        found["evaluation.max_new_tokens"] = "nothing is generated: metric is none and samples is 0"
+    if config.train.max_steps is not None:
+        found["train.epochs"] = "train.max_steps decides when training ends"
+    if is_local_base(config.base):
+        found["revision"] = "base is a local folder, which has no revisions"
+    for index, source in enumerate(config.data):
+        if is_local_data(source.path):
+            for key in ("split", "revision"):
+                found[f"data.{index}.{key}"] = "path is a file; only Hub datasets have this"
+        if source.format == "text" and len(config.data) == 1:
+            found["train.loss_on"] = "rows of text train on every token"
+    return found
+
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def is_local_data(path: str) -> bool:
+    """Whether a data path names a file (the loader has made every local path absolute)."""
+    return path.startswith("/") or path[1:3] in (":\\", ":/")
+
+
+def is_local_base(base: str) -> bool:
+    """Whether a base names a local folder (the loader has made every local path absolute)."""
+    return is_local_data(base)

@@ -1,0 +1,215 @@
+"""YAML text → plain values that remember their file and line.
+
+PyYAML parses; the values are ours, because PyYAML follows YAML 1.1, in which `no` is false, `1:30` is 90 and `1e-4` is a
+string. Here a plain scalar means what YAML 1.2's core schema says. Nothing else of YAML is needed in a config, so
+nothing else is allowed: no tags, no merge keys, and aliases only within reason.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.errors import ConfigError, Problem
+
+Key = tuple[str | int, ...]
+
+MAX_NODES = 10_000
+"""More values than any config has; an alias bomb passes it at once."""
+
+MAX_BYTES = 1_000_000
+"""A config is a page of text. Whoever names a dataset or weights by mistake hears so before it is read."""
+
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INF_NAN = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was written."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass
+class Document:
+    """A parsed YAML file: its values, the place of each key, and what is wrong with it."""
+
+    values: dict[str, Any]
+    places: dict[Key, Place] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def read_document(path: Path, shown: str) -> Document:
+    """Read one YAML file. `shown` is how the person named it, used in every message.
+
+    Raises ConfigError when there is nothing to go on with: no such file, not text, not YAML, not a mapping. Smaller
+    faults (duplicate keys, tags) are left in `problems`, so that all of them are reported at once.
+    """
+    text = _read_text(path, shown)
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{shown}:{mark.line + 1}" if mark else shown
+        what = " ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"not valid YAML: {what}", place=place, hint=_syntax_hint(text, mark)) from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError("not valid YAML", place=shown, hint="a config is a YAML text file; see `ft init`") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(
+            "not a config: expected `key: value` lines",
+            place=shown,
+            hint="a config is a YAML mapping with at least `base:` and `data:`; `ft init` writes one",
+        )
+    document = Document({})
+    _Builder(document, shown).build_root(root)
+    return document
+
+
+def parse_value(text: str) -> Any:
+    """The value of `-s key=VALUE`: a scalar, or a flow list or mapping, by the same rules as in a file."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{text!r} is not a YAML value", hint="quote it, or write a list as [a, b]") from error
+    if root is None:
+        return None
+    document = Document({})
+    value = _Builder(document, "-s").build(root, ())
+    if document.problems:
+        raise ConfigError(document.problems)
+    return value
+
+
+class _Builder:
+    """Walks the node graph once, turning nodes into values and noting places and problems."""
+
+    def __init__(self, document: Document, shown: str) -> None:
+        self._document, self._shown = document, shown
+        self._nodes = 0
+        self._open: set[int] = set()
+
+    def build_root(self, root: yaml.MappingNode) -> None:
+        self._document.values = self._mapping(root, ())
+
+    def build(self, node: yaml.Node, key: Key) -> Any:
+        self._nodes += 1
+        if self._nodes > MAX_NODES or id(node) in self._open:
+            raise ConfigError(
+                "aliases that expand without end",
+                place=str(self._place(node)),
+                hint="write the values out instead of using & and *",
+            )
+        self._document.places[key] = self._place(node)
+        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
+            self._problem(node, f"the tag {node.tag} is not allowed", "a config holds plain values only")
+            return None
+        self._open.add(id(node))
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self._mapping(node, key)
+            if isinstance(node, yaml.SequenceNode):
+                return [self.build(child, (*key, index)) for index, child in enumerate(node.value)]
+            return _scalar(node.value, plain=node.style is None)
+        finally:
+            self._open.discard(id(node))
+
+    def _mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if not isinstance(name, str):
+                self._problem(key_node, "a key must be a word", "write `name: value`")
+                continue
+            if name == "<<":
+                self._problem(key_node, "merge keys (<<) are not supported", "use `extends: FILE` to share values")
+                continue
+            dotted = ".".join(str(part) for part in (*key, name))
+            if name in values:
+                first = self._document.places[(*key, name)]
+                self._problem(
+                    key_node, f"{dotted}: given twice (first on line {first.line})", "remove one; only one can count"
+                )
+                continue
+            values[name] = self.build(value_node, (*key, name))
+            # The key's own line is what a person looks for, also when its value starts on the next one.
+            self._document.places[(*key, name)] = self._place(key_node)
+        return values
+
+    def _place(self, node: yaml.Node) -> Place:
+        return Place(self._shown, node.start_mark.line + 1)
+
+    def _problem(self, node: yaml.Node, message: str, hint: str) -> None:
+        self._document.problems.append(Problem(message, str(self._place(node)), hint))
+
+
+def _scalar(text: str, *, plain: bool) -> Any:
+    """A scalar by YAML 1.2's core schema (https://yaml.org/spec/1.2.2/#103-core-schema)."""
+    if not plain:
+        return text
+    if text in ("", "~", "null", "Null", "NULL"):
+        return None
+    if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
+        return text[0] in "tT"
+    if _INT.fullmatch(text):
+        if len(text) > 40:
+            return text
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+    if _FLOAT.fullmatch(text) or _INF_NAN.fullmatch(text):
+        return float(text.replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf").replace(".n", "n"))
+    return text
+
+
+def _read_text(path: Path, shown: str) -> str:
+    try:
+        if path.is_dir():
+            raise ConfigError(
+                "this is a folder, not a config", place=shown, hint=f"try one of {shown.rstrip('/')}/*.yaml"
+            )
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(
+                "this file is too large to be a config", place=shown, hint="name the YAML file, not the data or weights"
+            )
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError("no such file", place=shown, hint=_nearest_file(path)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError("not a text file in UTF-8", place=shown, hint="a config is a YAML text file") from error
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be read: {error.strerror}", place=shown, hint="check the path's permissions"
+        ) from error
+
+
+def _nearest_file(path: Path) -> str:
+    from difflib import get_close_matches
+
+    try:
+        names = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml"))
+    except OSError:
+        return "check the path; `ft init` writes a new config"
+    close = get_close_matches(path.name, names, n=1)
+    if close:
+        return f"did you mean {path.parent / close[0]}?"
+    return "`ft init` writes a new config" + (f"; here are {', '.join(names[:6])}" if names else "")
+
+
+def _syntax_hint(text: str, mark: yaml.Mark | None) -> str:
+    if mark is not None:
+        lines = text.splitlines()
+        nearby = lines[max(0, mark.line - 1) : mark.line + 1]
+        if any("\t" in line for line in nearby):
+            return "YAML is indented with spaces, never with tabs"
+        if any(re.search(r":\S", line) and ": " not in line for line in nearby):
+            return "a space is needed after the colon: `key: value`"
+    return "check the indentation, the quotes and the colons around that line"

@@ -1,0 +1,127 @@
+"""The base's tokenizer, from its tokenizer.json, through the `tokenizers` library alone.
+
+transformers' own classes would import torch and take seconds to load; the ids are the same (a test compares them on
+real tokenizers). What is trained with here is also what is exported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import BaseError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer with its special tokens by name and the chat template that came with it, if any."""
+
+    backend: tokenizers.Tokenizer
+    special: dict[str, str]
+    """bos_token, eos_token, unk_token, pad_token: those that the base names."""
+    chat_template: str | None
+    folder: Path
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids; `special` adds what the tokenizer puts around a text (usually a BOS)."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        return text
+
+    def token_id(self, token: str) -> int | None:
+        found: int | None = self.backend.token_to_id(token)
+        return found
+
+    @cached_property
+    def eos_id(self) -> int:
+        return self._required("eos_token")
+
+    @cached_property
+    def pad_id(self) -> int:
+        """The id that fills up short sequences. It is masked out everywhere, so any id does; pad is the plain choice."""
+        for name in ("pad_token", "unk_token", "eos_token"):
+            if name in self.special:
+                found = self.token_id(self.special[name])
+                if found is not None:
+                    return found
+        return 0
+
+    def _required(self, name: str) -> int:
+        found = self.token_id(self.special[name]) if name in self.special else None
+        if found is None:
+            raise BaseError(
+                f"the tokenizer has no {name}", place=str(self.folder), hint="without one a model never learns to stop"
+            )
+        return found
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read tokenizer.json, tokenizer_config.json and chat_template.jinja of a model folder."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise BaseError(
+            "there is no tokenizer.json",
+            place=str(folder),
+            hint="save the tokenizer with a current transformers (`AutoTokenizer…save_pretrained`), which writes one",
+        )
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise BaseError(
+            "tokenizer.json cannot be read", place=str(path), hint="download the model again: this file is damaged"
+        ) from error
+    # A saved tokenizer may carry the padding and truncation of its last use; rows are to come out whole.
+    backend.no_padding()
+    backend.no_truncation()
+    settings = _read_json(folder / "tokenizer_config.json")
+    if str(settings.get("tokenizer_class", "")).startswith("Qwen2Tokenizer") and backend.normalizer is None:
+        # transformers gives this class an NFC normaliser even where the file has none.
+        backend.normalizer = tokenizers.normalizers.NFC()
+    special: dict[str, str] = {}
+    for name in SPECIAL_NAMES:
+        value = settings.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            special[name] = content
+    return Tokenizer(backend, special, _chat_template(folder, settings), folder)
+
+
+def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """chat_template.jinja wins over tokenizer_config.json, as in transformers; of several named ones, `default`."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BaseError("cannot be read", place=str(path), hint="give another with `chat_template:`") from error
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BaseError(
+            "cannot be read", place=str(path), hint="download the model again: this file is damaged"
+        ) from error
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,131 @@
+"""The Llama family: Llama 1 to 3.3, TinyLlama, SmolLM, DeepSeek-R1-Distill-Llama and others of its shape, and Mistral.
+
+llama.cpp's architecture `llama`; keys as in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from finetune.export.gguf.family import Config, Family, Metadata, Rule
+from finetune.export.gguf.rope import interleave_halves, llama3_factors
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _reorder_queries(weight: torch.Tensor, config: Config) -> torch.Tensor:
+    return interleave_halves(weight, config.num_attention_heads)
+
+
+def _reorder_keys(weight: torch.Tensor, config: Config) -> torch.Tensor:
+    return interleave_halves(weight, config.num_key_value_heads)
+
+
+def _attention_bias(config: Config) -> bool:
+    return bool(getattr(config, "attention_bias", False))
+
+
+def _mlp_bias(config: Config) -> bool:
+    return bool(getattr(config, "mlp_bias", False))
+
+
+def _own_output(config: Config) -> bool:
+    return not config.tie_word_embeddings
+
+
+_LAYER, _BLOCK = "model.layers.{layer}.", "blk.{layer}."
+
+RULES = (
+    Rule("model.embed_tokens.weight", "token_embd.weight"),
+    Rule("model.norm.weight", "output_norm.weight"),
+    Rule("lm_head.weight", "output.weight", when=_own_output),
+    Rule(f"{_LAYER}input_layernorm.weight", f"{_BLOCK}attn_norm.weight"),
+    Rule(f"{_LAYER}self_attn.q_proj.weight", f"{_BLOCK}attn_q.weight", _reorder_queries),
+    Rule(f"{_LAYER}self_attn.k_proj.weight", f"{_BLOCK}attn_k.weight", _reorder_keys),
+    Rule(f"{_LAYER}self_attn.v_proj.weight", f"{_BLOCK}attn_v.weight"),
+    Rule(f"{_LAYER}self_attn.o_proj.weight", f"{_BLOCK}attn_output.weight"),
+    Rule(f"{_LAYER}self_attn.q_proj.bias", f"{_BLOCK}attn_q.bias", _reorder_queries, _attention_bias),
+    Rule(f"{_LAYER}self_attn.k_proj.bias", f"{_BLOCK}attn_k.bias", _reorder_keys, _attention_bias),
+    Rule(f"{_LAYER}self_attn.v_proj.bias", f"{_BLOCK}attn_v.bias", when=_attention_bias),
+    Rule(f"{_LAYER}self_attn.o_proj.bias", f"{_BLOCK}attn_output.bias", when=_attention_bias),
+    Rule(f"{_LAYER}post_attention_layernorm.weight", f"{_BLOCK}ffn_norm.weight"),
+    Rule(f"{_LAYER}mlp.gate_proj.weight", f"{_BLOCK}ffn_gate.weight"),
+    Rule(f"{_LAYER}mlp.up_proj.weight", f"{_BLOCK}ffn_up.weight"),
+    Rule(f"{_LAYER}mlp.down_proj.weight", f"{_BLOCK}ffn_down.weight"),
+    Rule(f"{_LAYER}mlp.gate_proj.bias", f"{_BLOCK}ffn_gate.bias", when=_mlp_bias),
+    Rule(f"{_LAYER}mlp.up_proj.bias", f"{_BLOCK}ffn_up.bias", when=_mlp_bias),
+    Rule(f"{_LAYER}mlp.down_proj.bias", f"{_BLOCK}ffn_down.bias", when=_mlp_bias),
+)
+
+
+def head_dim(config: Config) -> int:
+    """Dimensions per attention head: stated, or an equal share of the hidden size."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _metadata(config: Config) -> Metadata:
+    rope = config.rope_parameters
+    metadata: Metadata = {
+        "llama.vocab_size": config.vocab_size,
+        "llama.context_length": config.max_position_embeddings,
+        "llama.embedding_length": config.hidden_size,
+        "llama.block_count": config.num_hidden_layers,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.attention.key_length": head_dim(config),
+        "llama.attention.value_length": head_dim(config),
+        "llama.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "llama.rope.dimension_count": head_dim(config),
+        "llama.rope.freq_base": float(rope["rope_theta"]),
+    }
+    if rope["rope_type"] == "linear":
+        metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(rope["factor"])}
+    return metadata
+
+
+def _extra(config: Config) -> dict[str, torch.Tensor]:
+    if config.rope_parameters["rope_type"] != "llama3":
+        return {}
+    return {"rope_freqs.weight": llama3_factors(config.rope_parameters, head_dim(config))}
+
+
+def _refusals(config: Config) -> list[str]:
+    problems = []
+    if config.hidden_act != "silu":
+        problems.append(f"its activation is {config.hidden_act}, llama.cpp's is silu")
+    rope = config.rope_parameters
+    if rope["rope_type"] not in ("default", "linear", "llama3"):
+        problems.append(f"its rope type {rope['rope_type']!r} cannot be converted yet")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        problems.append("it rotates a part of each head only")
+    if config.num_attention_heads % config.num_key_value_heads:
+        problems.append("its query heads are not a multiple of its key heads")
+    return problems
+
+
+def _notes(config: Config) -> list[str]:
+    window = getattr(config, "sliding_window", None)
+    if window and window < config.max_position_embeddings:
+        return [f"the model attends to the last {window} tokens; llama.cpp will attend to all, also beyond them"]
+    return []
+
+
+def _ignored(config: Config) -> Sequence[str]:
+    unused = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]  # a table that old files carry along
+    if not _own_output(config):
+        unused.append(r"lm_head\.weight")  # transformers uses the embedding in its place, stored or not
+    return unused
+
+
+FAMILY = Family(
+    architecture="llama",
+    rules=RULES,
+    metadata=_metadata,
+    refusals=_refusals,
+    notes=_notes,
+    extra=_extra,
+    ignored=_ignored,
+)

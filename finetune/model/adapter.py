@@ -1,0 +1,83 @@
+"""The adapter: LoRA on the linear layers that the config names."""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.config.schema import Config
+from finetune.errors import ConfigError
+from finetune.model.base import LoadedModel
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def check_targets(config: Config, folder: Path) -> None:
+    """Every name in `lora.targets` must be a layer of the base. Reads tensor names only, so it needs no torch.
+
+    Does nothing where the names are not known yet (a Hub base of one file that is not downloaded).
+    """
+    if isinstance(config.lora.targets, str):
+        return
+    names = _layer_names(folder)
+    if not names:
+        return
+    for target in config.lora.targets:
+        if target not in names:
+            close = get_close_matches(target, names, n=1, cutoff=0.4)
+            known = ", ".join(sorted(names))
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ConfigError(f"lora.targets: the base has no layer named {target}", hint=f"{hint}it has: {known}")
+
+
+def add_adapter(config: Config, loaded: LoadedModel) -> PeftModel:
+    """Put a freshly initialised LoRA on the base, in float32: B is zero, A is drawn with `train.seed`."""
+    import torch
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    targets = config.lora.targets
+    lora = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        bias="none",
+    )
+    torch.manual_seed(config.train.seed)
+    model = get_peft_model(loaded.model, lora)
+    # What the adapter says of its base must hold on another machine: the Hub id, not the folder of this one's cache.
+    active = model.peft_config["default"]
+    active.base_model_name_or_path, active.revision = config.base, config.revision
+    return model
+
+
+def load_adapter(loaded: LoadedModel, folder: Path) -> PeftModel:
+    """Put a trained adapter on its base, for inference."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=False)
+
+
+def _layer_names(folder: Path) -> set[str]:
+    """The last part of the name of every matrix in the base's safetensors files, embeddings left out."""
+    tensors: set[str] = set()
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            tensors.update(json.loads(index.read_text("utf-8"))["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return set()
+    else:
+        for path in folder.glob("*.safetensors"):
+            try:
+                with open(path, "rb") as file:
+                    header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 100_000_000)))
+            except (OSError, ValueError):
+                return set()
+            tensors.update(name for name in header if len(header[name].get("shape", ())) == 2)
+    modules = {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in tensors if name.endswith(".weight")}
+    return {name for name in modules if "norm" not in name and "embed" not in name}

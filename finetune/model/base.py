@@ -1,0 +1,97 @@
+"""The base model in memory, quantised as the config says, frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.config.schema import Config
+from finetune.errors import BaseError, TrainingError
+from finetune.model.hardware import Hardware
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to run, and what it runs on. `model` is a PeftModel once an adapter is on it."""
+
+    model: PreTrainedModel
+    hardware: Hardware
+
+
+def load_base(config: Config, folder: Path, hardware: Hardware) -> LoadedModel:
+    """Load the base from a folder with config.json and safetensors.
+
+    nf4 means: 4-bit NormalFloat with double quantisation (arXiv 2305.14314), computing in the hardware's own dtype;
+    the library's defaults are fp4, float32 and no double quantisation. Nothing in the folder is executed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=hardware.torch_dtype(),
+            quantization_config=_quantization(config, hardware),
+            device_map={"": 0 if hardware.device == "cuda" else "cpu"},
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except MemoryError as error:
+        raise TrainingError(
+            "the base does not fit into memory", place=config.base, hint="use a smaller base"
+        ) from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if _is_out_of_memory(error):
+            raise TrainingError(
+                f"the base does not fit into the memory of {hardware.name}",
+                place=config.base,
+                hint="use a smaller base, or quantization: nf4",
+            ) from error
+        reason = str(error).strip().split("\n")[0]
+        raise BaseError(
+            f"cannot be loaded: {reason}", place=config.base, hint="log.txt has the whole message"
+        ) from error
+    _keep_trainable_on_cpu(model)
+    model.config.use_cache = False
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return LoadedModel(model, hardware)
+
+
+def _quantization(config: Config, hardware: Hardware) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if config.quantization == "none":
+        return None
+    if config.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=hardware.torch_dtype(),
+    )
+
+
+def _keep_trainable_on_cpu(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference.
+
+    On CPUs with AVX512-BF16 the first forward pass in eval mode would repack them, and every later training step would
+    silently get no gradient through the base (seen with bitsandbytes 0.50; a test trains, evaluates and trains again).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

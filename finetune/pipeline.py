@@ -1,0 +1,359 @@
+"""What a command does when it takes more than one stage: `ft train` prepares, trains and evaluates in one process."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from finetune.base_files import resolved_revision, small_files, weight_files
+from finetune.config.load import LoadedConfig, load
+from finetune.config.schema import Config
+from finetune.console import Console, duration, size
+from finetune.data.prepare import PreparedData, prepare
+from finetune.errors import FinetuneError, RunError
+from finetune.model.adapter import check_targets
+from finetune.runs.files import write_json, write_text
+from finetune.runs.folder import RunFolder, next_run, runs_of
+from finetune.runs.log import logged
+from finetune.runs.manifest import as_plain, changed_keys, provenance, resolved_yaml, timestamp
+
+if TYPE_CHECKING:
+    from finetune.evaluate.compare import Comparison
+    from finetune.train.sft import Trained
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What `ft train` leaves: the run, and whether it was trained just now or had been finished before."""
+
+    run: RunFolder
+    already: bool
+
+
+def train(path: Path, overrides: Sequence[str], runs: Path, console: Console, *, fresh: bool) -> Finished:
+    """Config file → finished run. The same call again goes on after a fault, and trains nothing twice."""
+    loaded = load(path, overrides)
+    run = _choose_run(loaded, runs, fresh)
+    if run.state == "finished":
+        return Finished(run, already=True)
+    # Everything that can be wrong with the input is found before anything is written and before torch is loaded.
+    folder = small_files(loaded.config)
+    check_targets(loaded.config, folder)
+    data = prepare_shown(loaded.config, folder, console)
+    run.create()
+    with run.lock():
+        resuming = run.state is not None
+        if not resuming:
+            write_text(run.config, loaded.path.read_text("utf-8"))
+            write_text(run.resolved, resolved_yaml(loaded))
+        run.update_manifest(**provenance(loaded), accounting=vars(data.accounting))
+        console.event("run", path=str(run.path), resuming=resuming)
+        try:
+            with logged(run.log):
+                trained, comparison = _train_and_evaluate(loaded.config, data, run, console)
+        except KeyboardInterrupt:
+            run.update_manifest(state="interrupted", ended=timestamp())
+            raise
+        except BaseException as error:
+            run.update_manifest(state="failed", ended=timestamp(), error=str(error).split("\n")[0])
+            raise
+        _finish(run, trained, comparison, console)
+    return Finished(run, already=False)
+
+
+def evaluate(run: RunFolder, console: Console) -> Comparison | None:
+    """Evaluate a finished run again, from disk."""
+    from finetune.evaluate.compare import compare
+    from finetune.model.adapter import load_adapter
+    from finetune.model.base import LoadedModel, load_base
+    from finetune.model.hardware import detect
+
+    config = config_of(run)
+    folder = small_files(config)
+    data = prepare_shown(config, folder, console)
+    with logged(run.log), console.progress("evaluating") as progress:
+        loaded = load_base(config, weight_files(config), detect())
+        loaded = LoadedModel(load_adapter(loaded, run.adapter), loaded.hardware)
+        comparison = compare(config, data, loaded, lambda what, done, total: progress.update(done, what))
+    if comparison is not None:
+        write_json(run.evaluation, comparison.as_dict())
+    return comparison
+
+
+def config_of(run: RunFolder) -> Config:
+    """The resolved config that a run was made with."""
+    return load(run.resolved).config
+
+
+def prepare_shown(config: Config, folder: Path, console: Console) -> PreparedData:
+    """Prepare the data, with progress and an account of what was read."""
+    with console.progress("tokenising", unit="rows") as progress:
+
+        def show(done: int, total: int) -> None:
+            progress.total = total
+            progress.update(done)
+
+        data = prepare(config, folder, on_progress=show)
+    for line in account(data):
+        console.say(line)
+    return data
+
+
+def account(data: PreparedData) -> list[str]:
+    """Where the rows went, in a line or two."""
+    accounting = data.accounting
+    formats = ", ".join(f"{name} ({format_})" for name, format_ in accounting.formats.items())
+    share = data.supervised_tokens / max(data.tokens, 1)
+    lines = [
+        f"data: {accounting.read:,} rows from {formats}",
+        f"      {accounting.used:,} to train on in {data.sequences:,} sequences "
+        f"({data.tokens:,} tokens, {share:.0%} with loss), {accounting.held_out:,} held out",
+    ]
+    for reason, count in accounting.dropped.items():
+        lines.append(f"      {count:,} dropped: {reason} (the first: {accounting.first_dropped[reason]})")
+    if accounting.truncated:
+        lost = accounting.lost_supervised_tokens
+        lines.append(
+            f"      {accounting.truncated:,} cut to train.sequence_length, which lost {lost:,} tokens with loss"
+        )
+    return lines
+
+
+def _choose_run(loaded: LoadedConfig, runs: Path, fresh: bool) -> RunFolder:
+    """The newest run of this config, or a new one. Raises RunError if the newest was made with other settings."""
+    existing = [run for run in runs_of(loaded.name, runs) if run.state is not None]
+    if fresh or not existing:
+        return next_run(loaded.name, runs)
+    run = existing[-1]
+    try:
+        before = yaml.safe_load(run.resolved.read_text("utf-8"))
+    except (OSError, yaml.YAMLError):
+        before = None
+    if not isinstance(before, dict):
+        raise RunError("resolved.yaml is missing or damaged", place=str(run.path), hint="start again with --fresh")
+    changed = changed_keys(before, as_plain(loaded.config))
+    if changed:
+        what = "finished" if run.state == "finished" else "begun"
+        raise RunError(
+            f"this run was {what} with other settings: {', '.join(changed)}",
+            place=str(run.path),
+            hint=f"--fresh starts a new run in {next_run(loaded.name, runs).path}; or undo the change to go on with this one",
+        )
+    return run
+
+
+def _train_and_evaluate(
+    config: Config, data: PreparedData, run: RunFolder, console: Console
+) -> tuple[Trained, Comparison | None]:
+    """Load, train, evaluate. The heavy imports happen here, inside the log."""
+    console.say(f"loading {config.base}")
+    began = time.monotonic()
+    from finetune.evaluate.compare import compare
+    from finetune.model.base import load_base
+    from finetune.model.hardware import choose_optimizer, detect, use_gradient_checkpointing
+    from finetune.train.sft import steps_in_all
+    from finetune.train.sft import train as run_training
+
+    hardware = detect()
+    optimizer, why_optimizer = choose_optimizer(config, hardware)
+    _, why_checkpointing = use_gradient_checkpointing(config, hardware)
+    folder = weight_files(config)
+    loaded = load_base(config, folder, hardware)
+    steps = steps_in_all(config, data)
+    choices = {
+        "device": hardware.name,
+        "compute": hardware.dtype_reason,
+        "quantization": config.quantization,
+        "optimizer": why_optimizer,
+        "gradient_checkpointing": why_checkpointing,
+    }
+    run.update_manifest(choices=choices, revision=resolved_revision(folder) or config.revision)
+    console.say(
+        f"loaded in {duration(time.monotonic() - began)}: {config.quantization} on {hardware.name}, {optimizer}"
+    )
+    for what, why in choices.items():
+        if what in ("compute", "gradient_checkpointing"):
+            console.say(f"      {what.replace('_', ' ')}: {why}")
+    console.say(
+        f"training: {steps:,} steps of {config.train.micro_batch_size} × {config.train.gradient_accumulation_steps} sequences"
+    )
+    trained = run_training(config, data, loaded, run, console)
+    console.say(
+        f"trained {trained.steps:,} steps in {duration(trained.seconds)}, peak memory {size(trained.peak_memory)}"
+    )
+    with console.progress("evaluating") as progress:
+        comparison = compare(config, data, trained.loaded, lambda what, done, total: progress.update(done, what))
+    return trained, comparison
+
+
+def _finish(run: RunFolder, trained: Trained, comparison: Comparison | None, console: Console) -> None:
+    if comparison is not None:
+        write_json(run.evaluation, comparison.as_dict())
+        show_comparison(comparison, console)
+    run.update_manifest(
+        state="finished",
+        ended=timestamp(),
+        steps=trained.steps,
+        train_seconds=round(trained.seconds, 1),
+        peak_memory_bytes=trained.peak_memory,
+        final_loss=trained.final_loss,
+    )
+
+
+def show_comparison(comparison: Comparison, console: Console) -> None:
+    """The closing table, base against tuned, and a few answers by both."""
+    base, tuned = comparison.base, comparison.tuned
+    rows = [
+        ["loss", f"{base.loss:.4f}", f"{tuned.loss:.4f}"],
+        ["perplexity", f"{base.perplexity:,.2f}", f"{tuned.perplexity:,.2f}"],
+    ]
+    if base.exact_match is not None and tuned.exact_match is not None:
+        rows.append(["exact match", f"{base.exact_match:.1%}", f"{tuned.exact_match:.1%}"])
+    console.event("evaluation", **comparison.as_dict())
+    if console.json_events:
+        return
+    console.say()
+    console.table([f"{comparison.rows} held-out rows", "base", "tuned"], rows)
+    for sample in comparison.samples:
+        console.say()
+        for label, text in (
+            ("prompt", sample.prompt),
+            ("expected", sample.reference),
+            ("base", sample.base),
+            ("tuned", sample.tuned),
+        ):
+            console.say(f"{console.style(f'{label:>9}', 'dim')}  {one_line(text)}")
+
+
+def one_line(text: str, width: int = 100) -> str:
+    """A text on one line, cut to a width."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 1] + "…"
+
+
+def describe_run(run: RunFolder) -> list[str]:
+    """A run's line in `ft runs`: name, state, base, loss before and after."""
+    try:
+        manifest = run.read_manifest()
+    except FinetuneError:
+        return [run.name, "damaged", "", "", "", ""]
+    scores: dict[str, Any] = {}
+    if run.evaluation.is_file():
+        try:
+            scores = json.loads(run.evaluation.read_text("utf-8"))
+        except (OSError, ValueError):
+            scores = {}
+
+    def score(who: str) -> str:
+        value = scores.get(who, {}).get("loss")
+        return f"{value:.4f}" if isinstance(value, float) else "–"
+
+    artifacts = [name for name in ("adapter", "merged", "gguf") if (run.path / name).is_dir()]
+    base = str(manifest.get("base", "")).rstrip("/").rpartition("/")[2]
+    return [run.name, str(manifest.get("state", "?")), base, score("base"), score("tuned"), " ".join(artifacts)]
+
+
+def check(path: Path, overrides: Sequence[str], console: Console, *, show: bool) -> None:
+    """`ft check`: the config, its files and the first rows of its data; no torch, no network."""
+    from itertools import islice
+
+    from finetune.config.schema import is_local_base, is_local_data
+    from finetune.data.formats import convert, detect_format
+    from finetune.data.prepare import DETECT_ROWS
+    from finetune.data.read import read_rows, shown_path
+
+    loaded = load(path, overrides)
+    config = loaded.config
+    if is_local_base(config.base):
+        check_targets(config, Path(config.base))
+    for source in config.data:
+        if not is_local_data(source.path):
+            continue
+        rows = list(islice(read_rows(source), DETECT_ROWS))
+        format_ = detect_format(rows) if source.format == "auto" else source.format
+        for row in rows:
+            convert(row, format_)
+        console.say(f"{shown_path(Path(source.path))}: {format_}, by its first {len(rows)} rows")
+    if show:
+        console.data(resolved_yaml(loaded, sources=True))
+    console.say(f"{path} is valid")
+
+
+def show_data(path: Path, overrides: Sequence[str], console: Console, *, first: int, count: int) -> None:
+    """`ft data`: the account of all rows, and some of them as the model will see them."""
+    from finetune.data.inspect import show_rows
+
+    config = load(path, overrides).config
+    data = prepare_shown(config, small_files(config), console)
+    show_rows(data, config, console, first=first, count=count)
+
+
+def merge(run: RunFolder, console: Console) -> None:
+    """`ft merge`: base + adapter in 16 bit, into the run folder."""
+    from finetune.export.merge import merge as run_merge
+
+    config = config_of(run)
+    with logged(run.log), console.progress("merging", unit="tensors") as progress:
+        report = run_merge(
+            weight_files(config), run.adapter, run.merged, tokenizer=run.adapter, on_tensor=_tensor_progress(progress)
+        )
+    console.say(
+        f"merged {report.merged} of {report.merged + report.copied} tensors into {run.merged} ({size(report.bytes)})"
+    )
+
+
+def export(run: RunFolder, to: str, quant: str, console: Console) -> None:
+    """`ft export`: a folder for transformers, or a GGUF file with its Modelfile."""
+    from finetune.errors import ConfigError
+
+    if to not in ("hf", "gguf"):
+        raise ConfigError(f"--to is hf or gguf, not {to!r}", hint=f"`ft export {run.path} --to gguf`")
+    if to == "gguf" and quant not in ("f16", "bf16", "q8_0"):
+        raise ConfigError(f"--quant is f16, bf16 or q8_0, not {quant!r}", hint=f"`ft export {run.path} --quant q8_0`")
+    if not run.merged.exists():
+        merge(run, console)
+    if to == "hf":
+        console.say(f"{run.merged} loads with transformers and vLLM")
+        return
+    _export_gguf(run, quant, console)
+
+
+def _export_gguf(run: RunFolder, quant: str, console: Console) -> None:
+    from finetune.export.gguf.convert import convert
+    from finetune.export.runtimes import modelfile
+
+    path = run.gguf / f"{run.name}-{quant}.gguf"
+    with logged(run.log), console.progress("writing", unit="tensors") as progress:
+        convert(run.merged, path, quant=quant, name=run.name, on_tensor=_tensor_progress(progress))
+    _ = modelfile
+    console.say(f"wrote {path} ({size(path.stat().st_size)})")
+
+
+def _tensor_progress(progress: Any) -> Any:
+    def show(done: int, total: int, name: str) -> None:
+        progress.total = total
+        progress.update(done, name)
+
+    return show
+
+
+def show_runs(runs: Path, console: Console) -> None:
+    """`ft runs`."""
+    from finetune.runs.folder import list_runs
+
+    found = list_runs(runs)
+    if console.json_events:
+        for run in found:
+            console.event("run", name=run.name, path=str(run.path), **run.read_manifest())
+        return
+    if not found:
+        console.say(f"no runs in {runs}/ yet; `ft train CONFIG` makes one")
+        return
+    header = ["run", "state", "base", "loss before", "after", "artifacts"]
+    console.table(header, [describe_run(run) for run in found], stdout=True)
