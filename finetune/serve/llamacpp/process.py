@@ -1,0 +1,213 @@
+"""llama.cpp in a process of its own, spoken to over HTTP on the loopback address.
+
+Why not in this process (`xllamacpp` could):
+
+- a file it cannot digest ends in an `abort()` inside the library, which must not take `ft` with it;
+- it logs to the file descriptors 1 and 2 from its own threads, which only a process can be kept from doing;
+- when the process ends, its memory is the machine's again.
+
+The address is guarded by a key that is drawn for each process and handed over through a pipe, so that other users of
+the machine cannot use it. The process ends when its standard input does: when we close it, or when we end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import importlib.util
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from finetune.errors import ExportError, MissingExtraError, StorageError
+
+_CHILD = "import sys; sys.path.insert(0, sys.argv[1]); from finetune.serve.llamacpp.process import serve; serve()"
+_CLOSE_SECONDS = 5.0
+_QUIET, _VERBOSE = 1, 3  # llama.cpp's levels: 1 errors, 2 warnings, 3 information
+
+
+class Process:
+    """A running llama.cpp with one model. `settings` are what `_load` reads."""
+
+    def __init__(self, path: Path, settings: dict[str, Any], log: Path | None) -> None:
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise MissingExtraError("llama.cpp is not installed", hint='pip install "finetune[gguf]"')
+        if not path.is_file():
+            raise StorageError("there is no such file", place=str(path))
+        self._place = str(path)
+        self._key = secrets.token_hex(16)
+        self._log = _open_log(log)
+        self._log_start = self._log.seek(0, os.SEEK_END)
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", _CHILD, str(Path(__file__).parents[3])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+        )
+        order = settings | {"path": str(path), "key": self._key, "verbosity": _VERBOSE if log else _QUIET}
+        try:
+            self.host, self.port = self._start(order)
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Post a request and return the whole answer."""
+        with self._request(path, body) as response:
+            try:
+                answer: dict[str, Any] = json.loads(response.read())
+            except (OSError, http.client.HTTPException) as error:
+                raise self._explain(error) from error
+        return answer
+
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Post a request and yield the events of the answer as they come. Closing the iterator stops the model."""
+        with self._request(path, body) as response:
+            try:
+                for line in response:
+                    kind, _, payload = line.decode().strip().partition(": ")
+                    if kind not in ("data", "error") or payload == "[DONE]":
+                        continue
+                    event: dict[str, Any] = json.loads(payload)
+                    if kind == "error" or "error" in event:
+                        raise self._refused(_words(event))
+                    yield event
+            except (OSError, http.client.HTTPException) as error:
+                raise self._explain(error) from error
+
+    def close(self) -> None:
+        """End the process. May be called twice."""
+        if self._child.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._child.stdin.close()
+        try:
+            self._child.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+        if self._child.stdout is not None:
+            self._child.stdout.close()
+        self._log.close()
+
+    def _start(self, order: dict[str, Any]) -> tuple[str, int]:
+        """Send the order, wait for the model to be loaded, return where it listens."""
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        with contextlib.suppress(OSError):  # a process that died at once is told apart by its missing answer
+            self._child.stdin.write(json.dumps(order).encode() + b"\n")
+            self._child.stdin.flush()
+        answer = self._child.stdout.readline()
+        reply = json.loads(answer) if answer else {"error": "its process ended"}
+        if "error" in reply:
+            words = self._logged_error() or reply["error"]
+            raise ExportError(f"llama.cpp cannot load this file: {words}", place=self._place)
+        host, _, port = str(reply["address"]).removeprefix("http://").rpartition(":")
+        return host, int(port)
+
+    @contextlib.contextmanager
+    def _request(self, path: str, body: dict[str, Any]) -> Iterator[http.client.HTTPResponse]:
+        connection = http.client.HTTPConnection(self.host, self.port)
+        try:
+            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+            try:
+                connection.request("POST", path, json.dumps(body), headers)
+                response = connection.getresponse()
+            except (OSError, http.client.HTTPException) as error:
+                raise self._explain(error) from error
+            if response.status != 200:
+                try:
+                    words = _words(json.loads(response.read()))
+                except ValueError:
+                    words = f"status {response.status}"
+                raise self._refused(words)
+            yield response
+        finally:
+            connection.close()
+
+    def _refused(self, words: str) -> ExportError:
+        return ExportError(f"llama.cpp could not answer: {words}", place=self._place)
+
+    def _explain(self, error: Exception) -> ExportError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(1.0)
+        status = self._child.poll()
+        words = str(error) or type(error).__name__ if status is None else f"its process ended with status {status}"
+        return ExportError(f"llama.cpp stopped working: {words}", place=self._place)
+
+    def _logged_error(self) -> str | None:
+        """The first error that this process has logged, without its time stamp."""
+        self._log.seek(self._log_start)
+        for line in self._log.read().decode(errors="replace").splitlines():
+            if match := re.match(r"[\d.]+ E +(.+)", line):
+                return match.group(1)
+            if "GGML_ASSERT" in line or "Error:" in line:
+                return line.strip()
+        return None
+
+
+def _words(answer: Any) -> str:
+    error = answer.get("error", answer) if isinstance(answer, dict) else answer
+    return str(error.get("message", error) if isinstance(error, dict) else error)
+
+
+def _open_log(log: Path | None) -> IO[bytes]:
+    if log is None:
+        return tempfile.TemporaryFile()
+    try:
+        return log.open("a+b")
+    except OSError as error:
+        raise StorageError(f"the log cannot be written: {error.strerror}", place=str(log)) from error
+
+
+# -- the other process --------------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Load what standard input orders, say where it listens, and wait for standard input to close."""
+    # The library writes to descriptor 1 as it likes; what is meant for the parent gets a descriptor of its own.
+    parent = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent: it may only want the answer to stop
+    order = json.loads(sys.stdin.readline())
+    try:
+        server = _load(order)
+        reply = {"address": server.listening_address}
+    except Exception as error:
+        reply = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(reply), file=parent, flush=True)
+    sys.stdin.read()
+    os._exit(0)
+
+
+def _load(order: dict[str, Any]) -> Any:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = order["path"]
+    params.hostnames = ["127.0.0.1"]
+    params.port = 0  # any free one
+    params.api_keys = [order["key"]]
+    params.verbosity = order["verbosity"]
+    params.n_ctx = order["context"]
+    params.n_parallel = 1
+    params.fit_params = False  # the context asked for, not one that was shrunk to fit
+    params.warmup = False
+    params.ui = False
+    params.cache_ram_mib = 0
+    if order["gpu_layers"] is not None:
+        params.n_gpu_layers = order["gpu_layers"]
+    if order["threads"] is not None:
+        params.cpuparams.n_threads = order["threads"]
+        params.cpuparams_batch.n_threads = order["threads"]
+    if order["exact"]:
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return xllamacpp.Server(params)

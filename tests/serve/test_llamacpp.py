@@ -1,0 +1,147 @@
+"""The wrapper around llama.cpp: it answers, streams, keeps quiet, ends, and says why it cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import ExportError, MissingExtraError, StorageError
+from finetune.export.gguf import convert
+from finetune.serve.llamacpp import LlamaCpp
+
+pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp")
+
+STORIES = Path(__file__).parents[3] / "shared" / "assets" / "models" / "stories260K"
+ONCE_UPON_A_TIME = [1, 403, 407, 261, 378]
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not STORIES.is_dir():
+        pytest.skip("the shared assets are not here")
+    path = tmp_path_factory.mktemp("gguf") / "stories.gguf"
+    convert(STORIES, path, quant="f32")
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(gguf: Path) -> Iterator[LlamaCpp]:
+    with LlamaCpp(gguf, context=256, gpu_layers=0, threads=1) as llama:
+        yield llama
+
+
+def test_text_becomes_tokens_with_and_without_special_ones(llama: LlamaCpp) -> None:
+    assert llama.tokenize("Once upon a time", add_special=True) == ONCE_UPON_A_TIME
+    assert llama.tokenize("Once upon a time") == ONCE_UPON_A_TIME[1:]
+    assert llama.tokenize("</s>") == [2]
+    assert len(llama.tokenize("</s>", parse_special=False)) > 1
+    assert llama.tokenize("") == []
+
+
+def test_greedy_continuations_are_the_same_every_time(llama: LlamaCpp) -> None:
+    first = llama.generate_ids(ONCE_UPON_A_TIME, 20)
+    llama.generate_ids(ONCE_UPON_A_TIME[:3], 5)
+    assert llama.generate_ids(ONCE_UPON_A_TIME, 20) == first
+    assert len(first) == 20
+
+
+def test_a_chat_streams_the_same_text_as_it_gives_at_once(llama: LlamaCpp) -> None:
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    pieces = list(llama.chat(messages, max_tokens=16, temperature=0.0))
+    assert len(pieces) > 4
+    assert list(llama.chat(messages, max_tokens=16, temperature=0.0, stream=False)) == ["".join(pieces)]
+
+
+def test_an_answer_can_be_left_in_the_middle(llama: LlamaCpp) -> None:
+    answer = llama.chat([{"role": "user", "content": "Hi"}], max_tokens=200, temperature=0.0)
+    next(answer)
+    answer.close()  # type: ignore[attr-defined]
+    assert llama.generate_ids(ONCE_UPON_A_TIME, 3)
+
+
+@pytest.mark.parametrize(("ids", "words"), [([], "empty"), ([1, 99999], "invalid tokens"), ([1] * 300, "context")])
+def test_prompts_it_cannot_take_are_errors(llama: LlamaCpp, ids: list[int], words: str) -> None:
+    with pytest.raises(ExportError, match=words):
+        llama.generate_ids(ids, 3)
+    assert llama.generate_ids(ONCE_UPON_A_TIME, 3)
+
+
+def test_nothing_is_printed_and_the_log_goes_where_it_is_told(
+    gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "llama.log"
+    log.write_text("before\n")
+    with LlamaCpp(gguf, context=64, gpu_layers=0, threads=1, log=log) as llama:
+        llama.tokenize("a")
+    assert capfd.readouterr() == ("", "")
+    assert log.read_text().startswith("before\n")
+    assert "model loaded" in log.read_text()
+
+
+def test_files_it_cannot_load_are_explained(gguf: Path, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no such file"):
+        LlamaCpp(tmp_path / "none.gguf", context=64)
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(gguf.read_bytes()[:500_000])
+    with pytest.raises(ExportError, match="corrupted or incomplete"):
+        LlamaCpp(cut, context=64)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"PK\x03\x04 not a model")
+    with pytest.raises(ExportError, match="magic") as caught:
+        LlamaCpp(other, context=64, log=tmp_path / "log")
+    assert caught.value.problems[0].place == str(other)
+    with pytest.raises(StorageError, match="log"):
+        LlamaCpp(gguf, context=64, log=tmp_path)
+
+
+def test_a_process_that_dies_is_an_error_and_no_more(gguf: Path) -> None:
+    with LlamaCpp(gguf, context=64, gpu_layers=0, threads=1) as llama:
+        llama._process._child.kill()
+        with pytest.raises(ExportError, match="stopped working: its process ended"):
+            llama.tokenize("a")
+
+
+def test_closing_ends_the_process(gguf: Path) -> None:
+    llama = LlamaCpp(gguf, context=64, gpu_layers=0, threads=1)
+    llama.close()
+    llama.close()
+    assert llama._process._child.poll() == 0
+
+
+ORPHAN = """
+import os, sys
+from pathlib import Path
+from finetune.serve.llamacpp import LlamaCpp
+llama = LlamaCpp(Path(sys.argv[1]), context=64, gpu_layers=0, threads=1)
+print(llama._process.host, llama._process.port, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kills a process as POSIX systems do")
+def test_the_process_ends_with_its_parent(gguf: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", ORPHAN, str(gguf)], capture_output=True, text=True)
+    host, port = killed.stdout.split()
+    for _ in range(100):
+        try:
+            socket.create_connection((host, int(port))).close()
+        except ConnectionRefusedError:
+            return
+        time.sleep(0.1)
+    pytest.fail("llama.cpp outlived its parent")
+
+
+def test_without_the_library_the_hint_names_the_extra(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError) as caught:
+        LlamaCpp(gguf, context=64)
+    assert caught.value.problems[0].hint == 'pip install "finetune[gguf]"'
