@@ -68,7 +68,6 @@ def head_dim(config: Config) -> int:
 def _metadata(config: Config) -> Metadata:
     rope = config.rope_parameters
     metadata: Metadata = {
-        "llama.vocab_size": config.vocab_size,
         "llama.context_length": config.max_position_embeddings,
         "llama.embedding_length": config.hidden_size,
         "llama.block_count": config.num_hidden_layers,
