@@ -16,7 +16,7 @@ from finetune.config.load import LoadedConfig, load
 from finetune.config.schema import Config
 from finetune.console import Console, duration, size
 from finetune.data.prepare import PreparedData, prepare
-from finetune.errors import FinetuneError, RunError
+from finetune.errors import ConfigError, FinetuneError, RunError
 from finetune.model.adapter import check_targets
 from finetune.runs.files import write_json, write_text
 from finetune.runs.folder import RunFolder, next_run, runs_of
@@ -301,38 +301,46 @@ def merge(run: RunFolder, console: Console) -> None:
     config = config_of(run)
     with logged(run.log), console.progress("merging", unit="tensors") as progress:
         report = run_merge(
-            weight_files(config), run.adapter, run.merged, tokenizer=run.adapter, on_tensor=_tensor_progress(progress)
+            weight_files(config),
+            run.adapter,
+            run.merged,
+            tokenizer=run.adapter,
+            dtype=None,
+            on_tensor=_tensor_progress(progress),
         )
     console.say(
-        f"merged {report.merged} of {report.merged + report.copied} tensors into {run.merged} ({size(report.bytes)})"
+        f"merged: {run.merged} ({size(report.nbytes)}; {report.merged} of {report.merged + report.copied} tensors changed)"
     )
+
+
+QUANTS = ("f32", "f16", "bf16", "q8_0")
 
 
 def export(run: RunFolder, to: str, quant: str, console: Console) -> None:
     """`ft export`: a folder for transformers, or a GGUF file with its Modelfile."""
-    from finetune.errors import ConfigError
-
     if to not in ("hf", "gguf"):
         raise ConfigError(f"--to is hf or gguf, not {to!r}", hint=f"`ft export {run.path} --to gguf`")
-    if to == "gguf" and quant not in ("f16", "bf16", "q8_0"):
-        raise ConfigError(f"--quant is f16, bf16 or q8_0, not {quant!r}", hint=f"`ft export {run.path} --quant q8_0`")
-    if not run.merged.exists():
+    if to == "gguf" and quant not in QUANTS:
+        raise ConfigError(f"--quant is one of {', '.join(QUANTS)}, not {quant!r}", hint="q8_0 is the usual choice")
+    if run.merged.exists():
+        console.say(f"merged: {run.merged} (from before)")
+    else:
         merge(run, console)
     if to == "hf":
-        console.say(f"{run.merged} loads with transformers and vLLM")
+        console.say(f"next: {run.merged} loads with transformers and vLLM")
         return
-    _export_gguf(run, quant, console)
-
-
-def _export_gguf(run: RunFolder, quant: str, console: Console) -> None:
     from finetune.export.gguf.convert import convert
     from finetune.export.runtimes import modelfile
 
     path = run.gguf / f"{run.name}-{quant}.gguf"
     with logged(run.log), console.progress("writing", unit="tensors") as progress:
-        convert(run.merged, path, quant=quant, name=run.name, on_tensor=_tensor_progress(progress))
-    _ = modelfile
-    console.say(f"wrote {path} ({size(path.stat().st_size)})")
+        run.gguf.mkdir(exist_ok=True)
+        report = convert(run.merged, path, quant=quant, name=run.name, on_tensor=_tensor_progress(progress))  # type: ignore[arg-type]
+        write_text(run.gguf / "Modelfile", modelfile(path.name, stop=report.stop))
+    for note in report.notes:
+        console.warn(note)
+    console.say(f"wrote {path} ({size(report.nbytes)}) and {run.gguf / 'Modelfile'}")
+    console.say(f"next: `ollama create {run.name} -f {run.gguf / 'Modelfile'}`, or `ft chat {run.path}`")
 
 
 def _tensor_progress(progress: Any) -> Any:

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,9 +96,7 @@ def compare(
     for who in ("base", "tuned"):
         without_adapter = model.disable_adapter() if who == "base" else contextlib.nullcontext()
         with without_adapter:
-            losses[who] = held_out_loss(
-                model, rows, data.tokenizer.pad_id, lambda d, t, w=who: tell(f"loss, {w}", d, t)
-            )  # type: ignore[misc]
+            losses[who] = held_out_loss(model, rows, data.tokenizer.pad_id, partial(tell, f"loss, {who}"))
             tell(f"answers, {who}", 0, len(answered))
             answers[who] = _answers(config, data, model, answered)
     references = [row.conversation.messages[-1].content for row in answered]

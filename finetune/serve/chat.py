@@ -79,7 +79,8 @@ def _open(kind: str, path: Path, run: RunFolder, settings: Settings, stack: Exit
     if kind == "gguf":
         from finetune.serve.llamacpp import LlamaCpp
 
-        runtime = LlamaCpp(path, log=run.log)
+        # 0: as much context as the model was trained with.
+        runtime = LlamaCpp(path, context=0, log=run.log)
         stack.callback(runtime.close)
         return lambda history: runtime.chat(
             [message.as_dict() for message in history],

@@ -1,4 +1,4 @@
-"""What happens around a training step: progress for the person, metrics for the run folder, a stop when it goes wrong."""
+"""What happens around a training step: progress for the person, metrics for the run, a stop when it goes wrong."""
 
 from __future__ import annotations
 

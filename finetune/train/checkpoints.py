@@ -28,7 +28,7 @@ def seal(checkpoint: Path) -> None:
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose every file is as it was written, and a sentence on each newer one that is not."""
     found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    faults = []
+    faults: list[str] = []
     for _, path in sorted(found, reverse=True):
         fault = damage(path)
         if fault is None:

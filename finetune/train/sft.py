@@ -62,7 +62,7 @@ class Trained:
 
 
 def steps_in_all(config: Config, data: PreparedData) -> int:
-    """Optimizer steps of the whole run, counted as transformers counts them (the last, partial step of an epoch counts)."""
+    """Optimizer steps of the whole run, counted as transformers counts them: an epoch's last, partial step counts."""
     if config.train.max_steps is not None:
         return config.train.max_steps
     batches = math.ceil(data.sequences / config.train.micro_batch_size)
@@ -185,12 +185,12 @@ def _processing_class(data: PreparedData) -> PreTrainedTokenizerFast:
     """The tokenizer as transformers' Trainer wants it; it is only ever saved beside a checkpoint."""
     tokenizer = data.tokenizer
     special = dict(tokenizer.special)
-    special.setdefault("pad_token", tokenizer.backend.id_to_token(tokenizer.pad_id))
+    special.setdefault("pad_token", str(tokenizer.backend.id_to_token(tokenizer.pad_id)))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, **special)
 
 
 def _save_adapter(model: PeftModel, data: PreparedData, run: RunFolder) -> None:
-    """adapter/: the LoRA, and the tokenizer with the chat template it was trained with. Complete or not there at all."""
+    """adapter/: the LoRA, and the tokenizer and chat template it was trained with. Complete, or not there at all."""
     partial = run.path / "adapter.partial"
     with storage_errors(partial):
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,72 @@
+"""Packed rows must not see each other: the loss of two rows packed is the loss of the two apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.data.formats import Conversation
+from finetune.data.prepare import TokenRow
+from finetune.train.batches import Collator, _dataset
+from tests.train.conftest import TINY
+
+
+def row(ids: list[int], supervised_from: int) -> TokenRow:
+    mask = np.arange(len(ids)) >= supervised_from
+    return TokenRow(np.array(ids, dtype=np.int32), mask, Conversation((), "here"))
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+
+def nll(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, int]:
+    """Sum of the negative log likelihood of the supervised tokens, and their number."""
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = model(**batch, use_cache=False).logits
+    flat = torch.nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100, reduction="sum"
+    )
+    return float(flat), int((labels[:, 1:] != -100).sum())
+
+
+def test_packed_rows_have_the_loss_of_the_rows_apart(model: torch.nn.Module) -> None:
+    generator = np.random.default_rng(0)
+    rows = [row(generator.integers(5, 1500, size=n).tolist(), n // 3) for n in (17, 40, 5, 23)]
+    collate = Collator(pad_id=0)
+    packed = collate(list(_dataset([rows[:2], rows[2:]])))
+    apart = collate(list(_dataset([[one] for one in rows])))
+    packed_loss, packed_tokens = nll(model, packed)
+    apart_loss, apart_tokens = nll(model, apart)
+    assert packed_tokens == apart_tokens
+    # fp32 sums of about 60 terms of size 10, in another order: 1e-5 relative is a hundred times the rounding.
+    assert packed_loss == pytest.approx(apart_loss, rel=1e-5)
+
+
+def test_a_packed_row_does_not_change_when_its_neighbour_does(model: torch.nn.Module) -> None:
+    mine = row(list(range(100, 130)), 1)
+    collate = Collator(pad_id=0)
+    logits = []
+    for neighbour in (row([7] * 20, 1), row([8] * 20, 1)):
+        batch = collate(list(_dataset([[neighbour, mine]])))
+        batch.pop("labels")
+        with torch.no_grad():
+            logits.append(model(**batch, use_cache=False).logits[0, 20:])
+    assert torch.equal(logits[0], logits[1])
+
+
+def test_the_first_token_of_a_packed_row_is_not_predicted_from_the_row_before() -> None:
+    batch = Collator(pad_id=0)(list(_dataset([[row([1, 2, 3], 0), row([4, 5], 0)]])))
+    assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+
+
+def test_padding_carries_no_loss() -> None:
+    batch = Collator(pad_id=9)(list(_dataset([[row([1, 2, 3], 1)], [row([4, 5], 1)]])))
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]
+    assert batch["labels"].tolist() == [[-100, 2, 3], [-100, 5, -100]]
