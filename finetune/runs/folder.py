@@ -1,0 +1,202 @@
+"""The run folder: the name of every artifact, the lock, and which run a command means.
+
+runs/<config name>/            -2, -3 … for fresh ones
+  config.yaml                  the config as it was written, recipes not laid in
+  resolved.yaml                every value that was used, `ft train` can be given this file
+  manifest.json                state, versions, hashes, revisions, hardware
+  metrics.jsonl                one line per logged step
+  evaluation.json              base against tuned
+  log.txt                      everything the libraries said
+  checkpoints/checkpoint-<n>/  to go on from after a fault
+  adapter/                     the trained LoRA with the tokenizer and the chat template it was trained with
+  merged/                      base + adapter in 16 bit            (ft merge, ft export --to hf)
+  gguf/                        <name>-<quant>.gguf and Modelfile   (ft export --to gguf)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.errors import RunError, StorageError
+from finetune.runs.files import storage_errors, write_json
+
+State = Literal["running", "interrupted", "failed", "finished"]
+
+DEFAULT_RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk. Holds no state: everything is read from, and written to, the folder."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def resolved(self) -> Path:
+        return self.path / "resolved.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        return self.path / "merged"
+
+    @property
+    def gguf(self) -> Path:
+        return self.path / "gguf"
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest, or an error that says what is wrong with the folder."""
+        try:
+            value = json.loads(self.manifest.read_text("utf-8"))
+        except FileNotFoundError:
+            raise RunError(
+                "not a run folder: it has no manifest.json", place=str(self.path), hint="`ft runs` lists the runs"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise RunError(
+                "manifest.json cannot be read", place=str(self.manifest), hint="restore it, or train with --fresh"
+            ) from error
+        if not isinstance(value, dict):
+            raise RunError("manifest.json is not a mapping", place=str(self.manifest), hint="train with --fresh")
+        return value
+
+    def update_manifest(self, **fields: Any) -> None:
+        """Set top-level fields of the manifest; the file is replaced whole."""
+        manifest = self.read_manifest() if self.manifest.exists() else {}
+        write_json(self.manifest, {**manifest, **fields})
+
+    @property
+    def state(self) -> State | None:
+        """The recorded state, or None for a folder that never became a run."""
+        if not self.manifest.exists():
+            return None
+        state: State | None = self.read_manifest().get("state")
+        return state
+
+    def create(self) -> None:
+        with storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process. The operating system frees the lock however the process ends."""
+        path = self.path / ".lock"
+        with storage_errors(path):
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - lives as long as the lock
+        with file:
+            try:
+                _lock_file(file.fileno())
+            except OSError as error:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise StorageError(
+                    f"in use by {holder}", place=str(self.path), hint="wait for it, or start a second run with --fresh"
+                ) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()}")
+            file.flush()
+            yield
+
+
+def _lock_file(descriptor: int) -> None:
+    if os.name == "posix":
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+
+
+def runs_of(name: str, runs: Path) -> list[RunFolder]:
+    """All runs of a config, oldest first: `name`, `name-2`, `name-3` …"""
+    pattern = re.compile(re.escape(name) + r"(?:-([2-9]|[1-9][0-9]+))?")
+    found: list[tuple[int, RunFolder]] = []
+    if runs.is_dir():
+        for entry in runs.iterdir():
+            match = pattern.fullmatch(entry.name)
+            if match and entry.is_dir():
+                found.append((int(match[1] or 1), RunFolder(entry)))
+    return [run for _, run in sorted(found, key=lambda pair: pair[0])]
+
+
+def next_run(name: str, runs: Path) -> RunFolder:
+    """A folder that does not exist yet for one more run of a config."""
+    existing = runs_of(name, runs)
+    if not existing:
+        return RunFolder(runs / name)
+    last = existing[-1].name
+    number = int(last[len(name) + 1 :]) if last != name else 1
+    return RunFolder(runs / f"{name}-{number + 1}")
+
+
+def open_run(path: Path, runs: Path = DEFAULT_RUNS) -> RunFolder:
+    """The run that a person named: a folder, or just its name below `runs/`."""
+    for candidate in (path, runs / path):
+        if candidate.is_dir():
+            run = RunFolder(candidate)
+            run.read_manifest()
+            return run
+    from difflib import get_close_matches
+
+    names = sorted(entry.name for entry in runs.iterdir()) if runs.is_dir() else []
+    close = get_close_matches(path.name, names, n=1)
+    hint = f"did you mean {runs / close[0]}?" if close else "`ft runs` lists the runs; `ft train CONFIG` makes one"
+    raise RunError("no such run", place=str(path), hint=hint)
+
+
+def finished_run(path: Path, runs: Path = DEFAULT_RUNS) -> RunFolder:
+    """Like `open_run`, but the run must have a trained adapter."""
+    run = open_run(path, runs)
+    if not (run.adapter / "adapter_config.json").is_file():
+        config = run.read_manifest().get("config_path", "CONFIG")
+        raise RunError(
+            "this run has no trained adapter yet", place=str(run.path), hint=f"`ft train {config}` goes on with it"
+        )
+    return run
+
+
+def list_runs(runs: Path) -> list[RunFolder]:
+    """Every run below a folder, by name."""
+    if not runs.is_dir():
+        return []
+    return [RunFolder(entry) for entry in sorted(runs.iterdir()) if (entry / "manifest.json").is_file()]

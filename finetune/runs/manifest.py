@@ -1,0 +1,118 @@
+"""Provenance: what a run was made of, so that it can be understood and made again."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from finetune import __version__
+from finetune.config.load import LoadedConfig
+from finetune.config.schema import Config, is_local_data
+from finetune.config.yaml_source import dump
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+)
+
+
+def provenance(loaded: LoadedConfig) -> dict[str, Any]:
+    """The manifest of a run that begins now. Needs no heavy import: versions come from the packages' metadata."""
+    config = loaded.config
+    files = [source.path for source in config.data if is_local_data(source.path)]
+    if config.evaluation.path is not None and is_local_data(config.evaluation.path):
+        files.append(config.evaluation.path)
+    return {
+        "format": 1,
+        "state": "running",
+        "config_path": str(loaded.path),
+        "overrides": list(loaded.overrides),
+        "command": sys.argv,
+        "base": config.base,
+        "revision": config.revision,
+        "data": {path: sha256(Path(path)) for path in files},
+        "seed": config.train.seed,
+        "versions": {"finetune": __version__, "python": platform.python_version(), **_versions()},
+        "platform": platform.platform(),
+        "started": timestamp(),
+    }
+
+
+def resolved_yaml(loaded: LoadedConfig, *, sources: bool = False) -> str:
+    """Every value of a config as YAML; with `sources`, each line ends with where its value was written."""
+    return _with_sources(loaded) if sources else dump(as_plain(loaded.config))
+
+
+def as_plain(config: Config) -> dict[str, Any]:
+    """A config as plain lists, dicts and scalars; keys that are not set and would have no effect are left out."""
+    from finetune.config.schema import ineffective_keys
+
+    values: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
+    for key in ineffective_keys(config):
+        target: Any = values
+        *path, last = key.split(".")
+        for part in path:
+            target = target[int(part)] if part.isdecimal() else target.get(part, {})
+        target.pop(last, None)
+    return values
+
+
+def changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two plain configs."""
+    found: list[str] = []
+    for name in {**before, **after}:
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += changed_keys(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name}")
+    return found
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def timestamp() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _with_sources(loaded: LoadedConfig) -> str:
+    """One `key: value  # source` line per value, in the config's order."""
+    plain = as_plain(loaded.config)
+    shown: list[tuple[str, str]] = []
+    for key, source in loaded.sources.items():
+        value: Any = plain
+        for part in key.split("."):
+            if isinstance(value, list):
+                value = value[int(part)] if int(part) < len(value) else None
+            else:
+                value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            text = dump(value, flow=True)
+            shown.append((f"{key}: {text.removesuffix(chr(10)).removesuffix(chr(10) + '...')}", source))
+    width = min(max(len(line) for line, _ in shown), 60)
+    return "\n".join(f"{line:<{width}}  # {source}" for line, source in shown)
