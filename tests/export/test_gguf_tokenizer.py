@@ -55,25 +55,32 @@ def _differences(model: Path, gguf: Path, texts: list[str]) -> list[str]:
 
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-DIGITS = {
-    "type": "Sequence",
-    "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES | {"use_regex": True}],
-}
-LLAMA3 = {
-    "type": "Sequence",
-    "pretokenizers": [
-        {
-            "type": "Split",
-            "pattern": {
-                "Regex": "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}"
-                "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-            },
-            "behavior": "Isolated",
-            "invert": False,
-        },
-        BYTES,
-    ],
-}
+
+
+def _split(regex: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+SINGLE_DIGITS = {"type": "Digits", "individual_digits": True}
+LLAMA3 = _sequence(
+    _split(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    BYTES,
+)
+DEEPSEEK_CODER = _sequence(
+    _split(r"[\r\n]"),
+    _split(r"\s?\p{L}+"),
+    _split(r"\s?\p{P}+"),
+    _split("[一-龥ࠀ-一가-\ud7ff]+"),
+    SINGLE_DIGITS,
+    BYTES,
+)
 BOS_FIRST = {
     "type": "TemplateProcessing",
     "single": [{"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -88,7 +95,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "llama-bpe": ("llama-bpe", {"model.ignore_merges": True, "post_processor": BOS_FIRST}),
     "llama3's cuts with merges": ("gpt-2", {"pre_tokenizer": LLAMA3}),
-    "single digits": ("gpt-2", {"pre_tokenizer": DIGITS}),
+    "single digits": ("gpt-2", {"pre_tokenizer": _sequence(SINGLE_DIGITS, BYTES | {"use_regex": True})}),
+    "deepseek-coder's cuts": ("gpt-2", {"pre_tokenizer": DEEPSEEK_CODER}),
     "phi-3": ("phi-3", {}),
 }
 

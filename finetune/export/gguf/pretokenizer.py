@@ -23,6 +23,8 @@ _QWEN2 = (
     r"|\s+(?!\S)|\s+"
 )
 
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+")
+
 Step = tuple[Any, ...]
 
 _KNOWN: dict[tuple[tuple[Step, ...], bool], str] = {
@@ -32,6 +34,7 @@ _KNOWN: dict[tuple[tuple[Step, ...], bool], str] = {
     ((("split", _LLAMA3), _BYTES), False): "smaug-bpe",
     ((("split", _QWEN2), _BYTES), False): "qwen2",
     ((("digits", True), _GPT2), False): "smollm",
+    ((*(("split", regex) for regex in _DEEPSEEK_CODER), ("digits", True), _BYTES), False): "deepseek-coder",
 }
 
 

@@ -79,7 +79,7 @@ def read_tokenizer(folder: Path, rows: int) -> GgufTokenizer:
         notes += space_notes
         if inexact:
             notes.append(f"{inexact} ways of building a token cannot be told to llama.cpp; rare words may differ")
-    metadata |= _special_ids(tokenizer, rows) | _automatic_tokens(tokenizer, place)
+    metadata |= _special_ids(tokenizer, rows) | _automatic_tokens(tokenizer, conversation, place)
     stop = []
     if conversation and (end := end_of_turn(conversation, [token["content"] for token in added.values()])):
         metadata["tokenizer.ggml.eot_token_id"] = tokenizer.convert_tokens_to_ids(end)
@@ -134,13 +134,20 @@ def _special_ids(tokenizer: Any, rows: int) -> Metadata:
     return {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i is not None and i < rows}
 
 
-def _automatic_tokens(tokenizer: Any, place: str) -> Metadata:
-    """Which tokens are put around every text: found out by asking."""
+def _automatic_tokens(tokenizer: Any, conversation: str | None, place: str) -> Metadata:
+    """Which tokens llama.cpp shall put around every text.
+
+    With a chat template: BOS if a conversation begins with it (llama.cpp does not put it there twice), and never EOS.
+    Training sees the rendered template and nothing around it, whatever the tokenizer does with other texts.
+    Without one: what the tokenizer does, found out by asking it.
+    """
     bare, dressed = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
     start = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), None)
     before, after = (None, None) if start is None else (dressed[:start], dressed[start + len(bare) :])
     if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
         raise ExportError("its tokenizer puts other tokens than BOS and EOS around a text", place=place)
+    if conversation:
+        before, after = tokenizer.bos_token and conversation.startswith(tokenizer.bos_token), None
     return {"tokenizer.ggml.add_bos_token": bool(before), "tokenizer.ggml.add_eos_token": bool(after)}
 
 
