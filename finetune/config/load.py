@@ -6,6 +6,7 @@ command line's `-s key=value` over both, check everything against the schema. Al
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,8 @@ from finetune.errors import ConfigError, Problem
 MAX_EXTENDS = 2
 """A config extends a recipe, a recipe at most one other: deeper chains cannot be read by looking at two files."""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"(?=.{1,96}$)(?!.*(--|\.\.))\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?", re.ASCII)
+"""By the Hub's own rules (huggingface_hub's `validate_repo_id`)."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +58,18 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         _lay_over(values, document.values, places, document.places, ())
     own: set[Key] = set(documents[0].places)
     for override in overrides:
-        own.add(_apply_override(override, values, places, problems))
-    config: Config | None = None
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        problems += _schema_problems(error, values, places, str(path))
+        own |= _apply_override(override, values, places, problems)
+    config, faulty = _validated(values, places, str(path), problems)
     if config is not None:
         problems += _reference_problems(config, places, str(path))
+        own &= places.keys()
         for key, why in ineffective_keys(config).items():
             found = _find(own, key)
-            if found is not None:
+            # What a faulty section makes meaningless is not known before it is mended.
+            if found is not None and found[0] not in faulty:
                 problems.append(Problem(f"{key} has no effect: {why}", str(places[found]), f"remove `{found[-1]}`"))
     if problems:
-        raise ConfigError(_unique(problems))
+        raise ConfigError(_in_order(problems))
     assert config is not None
     sources = {_dotted(key): str(places.get(key, "default")) for key in _leaves(config)}
     return LoadedConfig(config, path, sources, tuple(overrides))
@@ -102,7 +102,7 @@ def _read_chain(path: Path) -> list[Document]:
                 raise
             reached = [Problem(f"extends: {problem}", place, problem.hint) for problem in error.problems]
             raise ConfigError(reached) from error
-        _absolute_paths(document, current.parent)
+        _absolute_paths(document.values, current.parent)
         documents.append(document)
         parent = document.values.pop("extends", None)
         if parent is None:
@@ -116,9 +116,8 @@ def _read_chain(path: Path) -> list[Document]:
         shown = os.path.relpath(current) if len(os.path.relpath(current)) < len(str(current)) else str(current)
 
 
-def _absolute_paths(document: Document, folder: Path) -> None:
+def _absolute_paths(values: dict[str, Any], folder: Path) -> None:
     """Paths in a YAML file are relative to that file; from here on they are absolute."""
-    values = document.values
     sources = values.get("data")
     for source in sources if isinstance(sources, list) else []:
         if isinstance(source, dict) and isinstance(source.get("path"), str):
@@ -133,12 +132,12 @@ def _absolute_paths(document: Document, folder: Path) -> None:
 
 
 def _resolve_data(path: str, folder: Path) -> str:
-    local = _looks_local(path) or path.lower().endswith(DATA_SUFFIXES) or (folder / path).exists()
+    local = _looks_local(path) or path.lower().endswith(DATA_SUFFIXES) or os.path.exists(folder / path)
     return _absolute(path, folder) if local else path
 
 
 def _resolve_base(base: str, folder: Path) -> str:
-    return _absolute(base, folder) if _looks_local(base) or (folder / base).is_dir() else base
+    return _absolute(base, folder) if _looks_local(base) or os.path.isdir(folder / base) else base
 
 
 def _resolve_template(template: str, folder: Path) -> str:
@@ -150,7 +149,7 @@ def _looks_local(path: str) -> bool:
 
 
 def _absolute(path: str, folder: Path) -> str:
-    return os.path.abspath(folder / Path(path).expanduser())
+    return os.path.abspath(folder / os.path.expanduser(path))
 
 
 # -- laying one over the other ------------------------------------------------------------------------------------
@@ -178,47 +177,106 @@ def _lay_over(
 
 def _apply_override(
     override: str, values: dict[str, Any], places: dict[Key, Place | str], problems: list[Problem]
-) -> Key:
-    """Set one `key=value` of the command line; returns the key. An unknown key is left for the schema to report."""
+) -> set[Key]:
+    """Set one `key=value` of the command line; returns the keys it sets. The schema reports the unknown ones."""
     dotted, equals, text = override.partition("=")
-    shown = f"-s {override}"
-    if not equals or not dotted.strip():
-        problems.append(Problem("expected KEY=VALUE", shown, "for instance -s lora.rank=32"))
-        return ()
-    key: Key = tuple(int(part) if part.isdecimal() else part for part in dotted.strip().split("."))
+    dotted = dotted.strip()
+    if not equals or not dotted:
+        problems.append(Problem("expected KEY=VALUE", f"-s {override}", "for instance -s lora.rank=32"))
+        return set()
+    shown = f"-s {dotted}"
+    if dotted == "extends":
+        problems.append(Problem("extends: can only stand in a file", shown, "write it into the config"))
+        return set()
+    key: Key = tuple(int(part) if part.isdecimal() else part for part in dotted.split("."))
     try:
-        value = parse_value(text)
+        value, inner = parse_value(text)
+        target = _holder(values, key)
     except ConfigError as error:
         problems.extend(Problem(problem.message, shown, problem.hint) for problem in error.problems)
-        return ()
-    target: Any = values
-    for depth, part in enumerate(key[:-1]):
-        if isinstance(target, dict) and isinstance(part, str):
-            target = target.setdefault(part, {})
-        elif isinstance(target, list) and isinstance(part, int) and part < len(target):
-            target = target[part]
-        else:
-            problems.append(
-                Problem(f"{_dotted(key[: depth + 1])}: there is no such key", shown, "see `ft config explain`")
-            )
-            return ()
-    if isinstance(target, dict) and isinstance(key[-1], str):
-        target[key[-1]] = value
-    elif isinstance(target, list) and isinstance(key[-1], int) and key[-1] < len(target):
-        target[key[-1]] = value
-    else:
-        problems.append(Problem(f"{dotted}: there is no such key", shown, "see `ft config explain`"))
-        return ()
+        return set()
+    target[key[-1]] = _absolute_override(key, value)
     for stale in [place for place in places if place[: len(key)] == key]:
         del places[stale]
-    places[key] = "-s " + dotted
-    scratch = Document(values)
-    if key[-1] in ("path", "base", "chat_template", "data"):
-        _absolute_paths(scratch, Path.cwd())
-    return key
+    for depth in range(1, len(key)):
+        places.setdefault(key[:depth], shown)
+    found = {key, *((*key, *rest) for rest in inner)}
+    places.update(dict.fromkeys(found, shown))
+    return found
+
+
+def _holder(values: dict[str, Any], key: Key) -> Any:
+    """The mapping or list that holds a dotted key; mappings are made where they are missing."""
+    target: Any = values
+    for depth, part in enumerate(key):
+        inside = isinstance(part, int) and part < len(target) if isinstance(target, list) else isinstance(part, str)
+        if not isinstance(target, dict | list) or not inside:
+            raise ConfigError(f"{_dotted(key[: depth + 1])}: there is no such key", hint="see `ft config explain`")
+        if depth == len(key) - 1:
+            return target
+        if isinstance(target, dict) and isinstance(key[depth + 1], str):
+            target = target.setdefault(part, {})
+        else:
+            target = target.get(part) if isinstance(target, dict) else target[int(part)]
+    raise AssertionError("a key has at least one part")
+
+
+def _absolute_override(key: Key, value: Any) -> Any:
+    """Paths on the command line are relative to the current folder."""
+    whole = value
+    for part in reversed(key):
+        whole = [whole] if isinstance(part, int) else {part: whole}
+    _absolute_paths(whole, Path.cwd())
+    for part in key:
+        whole = whole[0 if isinstance(part, int) else part]
+    return whole
 
 
 # -- problems -----------------------------------------------------------------------------------------------------
+
+
+def _validated(
+    values: dict[str, Any], places: Mapping[Key, Place | str], shown: str, problems: list[Problem]
+) -> tuple[Config | None, set[str | int]]:
+    """The config by the schema, and the sections that are at fault.
+
+    Where the schema finds fault, what is wrong is left out and the rest checked again, so that a missing file is
+    reported together with a misspelt key.
+    """
+    faulty: set[str | int] = set()
+    for _ in range(3):
+        try:
+            return Config.model_validate(values), faulty
+        except ValidationError as error:
+            if not faulty:
+                problems += _schema_problems(error, values, places, shown)
+            found = {_error_key(item, values): item["type"] == "missing" for item in error.errors(include_url=False)}
+            faulty.update(key[0] for key in found)
+            values = copy.deepcopy(values)
+            for key, missing in found.items():
+                _leave_out(values, key, missing=missing)
+    return None, faulty
+
+
+def _leave_out(values: Any, key: Key, *, missing: bool) -> None:
+    """Take out a faulty value, or stand in for a missing one with something that no other check objects to."""
+    *path, last = key
+    for part in path:
+        if isinstance(values, dict):
+            values = values.get(part)
+        else:
+            values = values[part] if isinstance(values, list) and isinstance(part, int) else None
+    if isinstance(values, list):
+        values[int(last)] = {"path": "placeholder"}
+    elif isinstance(values, dict):
+        values.pop(last, None)
+        if missing:
+            values[last] = [{"path": "placeholder"}] if last == "data" else "placeholder"
+
+
+def _error_key(item: Mapping[str, Any], values: Mapping[str, Any]) -> Key:
+    loc = tuple(item["loc"])
+    return loc if item["type"] in ("missing", "extra_forbidden") else _trim(loc, values)
 
 
 def _schema_problems(
@@ -226,8 +284,7 @@ def _schema_problems(
 ) -> list[Problem]:
     found: dict[Key, Problem] = {}
     for item in error.errors(include_url=False):
-        kind, loc = item["type"], tuple(item["loc"])
-        key = loc if kind in ("missing", "extra_forbidden") else _trim(loc, values)
+        kind, key = item["type"], _error_key(item, values)
         if key in found:
             continue
         place = _nearest_place(places, key, shown)
@@ -250,7 +307,7 @@ def _schema_problems(
 
 def _value_problem(dotted: str, item: Mapping[str, Any], place: str, key: Key) -> tuple[str, str, str]:
     kind, given, context = item["type"], item.get("input"), item.get("ctx") or {}
-    explain = f"`ft config explain {re.sub(r'[.][0-9]+', '', dotted)}` says more"
+    explain = f"{_explained(dotted)} says more"
     shown = _shown(given)
     if dotted == "lora.targets":
         return (
@@ -277,6 +334,8 @@ def _value_problem(dotted: str, item: Mapping[str, Any], place: str, key: Key) -
         hint = explain
         if isinstance(given, str) and name in ("int", "float") and re.fullmatch(r"[-+\d.eE_,]+", given):
             hint = "write the number without quotes"
+        if name == "string" and isinstance(given, int | float):
+            hint = "write it in quotes, so that it is text"
         if name == "bool" and str(given).lower() in ("yes", "no", "on", "off"):
             hint = f"write {'true' if str(given).lower() in ('yes', 'on') else 'false'}"
         return f"{dotted}: expected {kinds[name]}, got {shown}", place, hint
@@ -284,6 +343,8 @@ def _value_problem(dotted: str, item: Mapping[str, Any], place: str, key: Key) -
         words = {"greater_than": "more than", "greater_than_equal": "at least", "less_than": "less than"}
         bound = next(iter(context.values()))
         return f"{dotted}: must be {words.get(kind, 'at most')} {bound:g}, got {shown}", place, explain
+    if kind == "finite_number":
+        return f"{dotted}: must be a finite number, got {shown}", place, explain
     if kind in ("too_short", "string_too_short"):
         return f"{dotted}: must not be empty", place, explain
     message = str(item["msg"])
@@ -300,7 +361,8 @@ def _reference_problems(config: Config, places: Mapping[Key, Place | str], shown
         if is_local_data(path):
             yield from _missing_file(_dotted(key), Path(path), place, DATA_SUFFIXES)
         elif not _HUB_ID.fullmatch(path):
-            yield Problem(f"{_dotted(key)}: neither a file nor a dataset id: {path!r}", place, "a Hub id is owner/name")
+            hint = f"a file ends in {', '.join(DATA_SUFFIXES)}; a Hub id is owner/name"
+            yield Problem(f"{_dotted(key)}: neither a file nor a dataset id: {path!r}", place, hint)
     if config.chat_template is not None and config.chat_template.endswith(".jinja"):
         place = _nearest_place(places, ("chat_template",), shown)
         yield from _missing_file("chat_template", Path(config.chat_template), place, (".jinja",))
@@ -314,24 +376,28 @@ def _reference_problems(config: Config, places: Mapping[Key, Place | str], shown
     place = _nearest_place(places, ("base",), shown)
     if is_local_base(config.base):
         folder = Path(config.base)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             yield Problem(f"base: no such folder: {config.base}", place, "name a model folder, or a Hub id: owner/name")
-        elif not (folder / "config.json").is_file():
+        elif not os.path.isfile(folder / "config.json"):
             yield Problem(f"base: no config.json in {config.base}", place, "a model folder has config.json and weights")
     elif not _HUB_ID.fullmatch(config.base):
         yield Problem(f"base: neither a folder nor a model id: {config.base!r}", place, "a Hub id is owner/name")
 
 
 def _missing_file(key: str, path: Path, place: str, suffixes: tuple[str, ...]) -> Iterator[Problem]:
-    if path.is_file():
+    # os.path answers False where Path raises, for instance for a name too long to be one.
+    if os.path.isfile(path):
         if path.suffix.lower() not in suffixes:
             kinds = ", ".join(suffixes)
             yield Problem(f"{key}: {path.name} is of no known kind", place, f"known endings: {kinds}")
         return
-    if path.is_dir():
+    if os.path.isdir(path):
         yield Problem(f"{key}: {path} is a folder", place, "name one file in it")
         return
-    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        names = []
     close = get_close_matches(path.name, names, n=1)
     hint = f"did you mean {close[0]}?" if close else "paths are relative to the YAML file they are written in"
     yield Problem(f"{key}: no such file: {path}", place, hint)
@@ -352,12 +418,13 @@ def _trim(loc: Key, values: Any) -> Key:
     """The part of a pydantic location that is a path into the values; the rest names union members."""
     key: list[str | int] = []
     for part in loc:
-        if isinstance(values, dict) and part in values:
-            values = values[part]
-        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
-            values = values[part]
+        if isinstance(values, list):
+            inside = isinstance(part, int) and part < len(values)
         else:
+            inside = isinstance(values, dict) and part in values
+        if not inside:
             break
+        values = values[part]
         key.append(part)
     return tuple(key)
 
@@ -410,7 +477,11 @@ def _missing_hint(dotted: str) -> str:
         "base": "base: meta-llama/Llama-3.2-3B-Instruct",
         "data": "data: [{path: my-data.jsonl}]",
     }
-    return f"for instance `{examples[dotted]}`" if dotted in examples else f"see `ft config explain {dotted}`"
+    return f"for instance `{examples[dotted]}`" if dotted in examples else f"see {_explained(dotted)}"
+
+
+def _explained(dotted: str) -> str:
+    return f"`ft config explain {re.sub(r'[.][0-9]+', '', dotted)}`"
 
 
 def _shown(value: Any) -> str:
@@ -428,8 +499,14 @@ def _either(choices: Sequence[str]) -> str:
     return f"{', '.join(choices[:-1])} or {choices[-1]}" if len(choices) > 1 else "".join(choices)
 
 
-def _unique(problems: list[Problem]) -> list[Problem]:
-    return list(dict.fromkeys(problems))
+def _in_order(problems: Sequence[Problem]) -> list[Problem]:
+    """Each problem once, in the order in which they stand in the file."""
+
+    def line(problem: Problem) -> int:
+        number = (problem.place or "").rpartition(":")[2]
+        return int(number) if number.isdecimal() else 0
+
+    return sorted(dict.fromkeys(problems), key=line)
 
 
 def _leaves(config: Config) -> Iterator[Key]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -31,7 +32,7 @@ class DataSource(Section):
     format: Format = "auto"
     """How a row is read. `auto` decides from the rows and says what it found."""
 
-    columns: Annotated[dict[str, str], Field(default_factory=dict)]
+    columns: dict[str, str] = Field(default_factory=dict)
     """Renames columns: the name that the format expects → the name that the file has, for instance
     `{prompt: question, completion: answer}`."""
 
@@ -49,8 +50,8 @@ class DataSource(Section):
 
 class Evaluation(Section):
     split: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05
-    """Rows held out of `data` for evaluation, drawn with `train.seed`: a fraction below 1, or a number of rows. 0 trains
-    on everything and evaluates nothing. 5 % is enough to see the loss fall and costs little data."""
+    """Rows held out of `data` for evaluation, drawn with `train.seed`: a fraction below 1, or a number of rows. 0
+    trains on everything and evaluates nothing. 5 % is enough to see the loss fall and costs little data."""
 
     path: str | None = None
     """A file of held-out rows to evaluate on, instead of a split."""
@@ -58,7 +59,7 @@ class Evaluation(Section):
     format: Format = "auto"
     """The format of `evaluation.path`, as in `data`."""
 
-    columns: Annotated[dict[str, str], Field(default_factory=dict)]
+    columns: dict[str, str] = Field(default_factory=dict)
     """Renamed columns of `evaluation.path`, as in `data`."""
 
     max_rows: PositiveInt = 200
@@ -77,6 +78,13 @@ class Evaluation(Section):
 
     max_new_tokens: PositiveInt = 128
     """The longest answer generated in evaluation, in tokens: enough to judge an answer by, cheap enough to wait for."""
+
+    @field_validator("split")
+    @classmethod
+    def _whole_rows(cls, split: float) -> float:
+        if split >= 1 and split != int(split):
+            raise PydanticCustomError("not_whole", "must be a fraction below 1 or a whole number of rows")
+        return split
 
 
 class Lora(Section):

@@ -1,13 +1,14 @@
 """YAML text → plain values that remember their file and line.
 
-PyYAML parses; the values are ours, because PyYAML follows YAML 1.1, in which `no` is false, `1:30` is 90 and `1e-4` is a
-string. Here a plain scalar means what YAML 1.2's core schema says. Nothing else of YAML is needed in a config, so
+PyYAML parses; the values are ours, because PyYAML follows YAML 1.1, in which `no` is false, `1:30` is 90 and `1e-4` is
+a string. Here a plain scalar means what YAML 1.2's core schema says. Nothing else of YAML is needed in a config, so
 nothing else is allowed: no tags, no merge keys, and aliases only within reason.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,16 @@ Key = tuple[str | int, ...]
 MAX_NODES = 10_000
 """More values than any config has; an alias bomb passes it at once."""
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 100_000
 """A config is a page of text. Whoever names a dataset or weights by mistake hears so before it is read."""
+
+MAX_DEPTH = 16
+"""The deepest value of a config stands four levels down."""
 
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
+_LINE_ENDS = re.compile("[\x85\u2028\u2029\ufeff]")
 _INF_NAN = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
@@ -63,7 +69,16 @@ def read_document(path: Path, shown: str) -> Document:
         place = f"{shown}:{mark.line + 1}" if mark else shown
         what = " ".join(part for part in (error.context, error.problem) if part)
         raise ConfigError(f"not valid YAML: {what}", place=place, hint=_syntax_hint(text, mark)) from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(
+            f"not valid YAML: the character {_code_point(error.character)} is not text",
+            place=f"{shown}:{line}",
+            hint="a config is a YAML text file; see `ft init`",
+        ) from error
+    except RecursionError as error:
+        raise _too_deep(shown) from error
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError("not valid YAML", place=shown, hint="a config is a YAML text file; see `ft init`") from error
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(
@@ -71,24 +86,62 @@ def read_document(path: Path, shown: str) -> Document:
             place=shown,
             hint="a config is a YAML mapping with at least `base:` and `data:`; `ft init` writes one",
         )
-    document = Document({})
+    document = Document({}, problems=list(_tags(text, shown)))
     _Builder(document, shown).build_root(root)
     return document
 
 
-def parse_value(text: str) -> Any:
-    """The value of `-s key=VALUE`: a scalar, or a flow list or mapping, by the same rules as in a file."""
+def parse_value(text: str) -> tuple[Any, set[Key]]:
+    """The value of `-s key=VALUE`, by the same rules as in a file, and the keys inside it where it has some."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{text!r} is not a YAML value", hint="quote it, or write a list as [a, b]") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        short = text if len(text) <= 60 else text[:57] + "..."
+        raise ConfigError(f"{short!r} is not a YAML value", hint="quote it, or write a list as [a, b]") from error
     if root is None:
-        return None
-    document = Document({})
+        return None, set()
+    document = Document({}, problems=list(_tags(text, "-s")))
     value = _Builder(document, "-s").build(root, ())
     if document.problems:
         raise ConfigError(document.problems)
-    return value
+    return value, set(document.places)
+
+
+def dump(values: Any, *, flow: bool = False) -> str:
+    """Values as YAML that reads back as the same values, by the rules here and by YAML 1.1's."""
+    text: str = yaml.dump(
+        values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000, default_flow_style=flow
+    )
+    return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML quotes what YAML 1.1 would take for something else than text; this also what YAML 1.2 would."""
+
+    def represent_text(self, text: str) -> yaml.Node:
+        style = None if _scalar(text, plain=True) == text else "'"
+        if _LINE_ENDS.search(text):
+            # Between single quotes PyYAML folds these into a space; between double quotes it escapes them.
+            style = '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def _tags(text: str, shown: str) -> Iterator[Problem]:
+    """A problem for each tag. From the tokens, because the node of `!!str 3` no longer tells that there was one."""
+    if "!" not in text:
+        return
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.TagToken):
+            handle, suffix = token.value
+            place = str(Place(shown, token.start_mark.line + 1))
+            yield Problem(f"the tag {handle or ''}{suffix} is not allowed", place, "a config holds plain values only")
+
+
+def _too_deep(place: str) -> ConfigError:
+    return ConfigError("nested too deep to be a config", place=place, hint="see `ft config explain` for what can stand")
 
 
 class _Builder:
@@ -110,16 +163,17 @@ class _Builder:
                 place=str(self._place(node)),
                 hint="write the values out instead of using & and *",
             )
+        if len(key) > MAX_DEPTH:
+            raise _too_deep(str(self._place(node)))
         self._document.places[key] = self._place(node)
-        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
-            self._problem(node, f"the tag {node.tag} is not allowed", "a config holds plain values only")
-            return None
         self._open.add(id(node))
         try:
             if isinstance(node, yaml.MappingNode):
                 return self._mapping(node, key)
             if isinstance(node, yaml.SequenceNode):
                 return [self.build(child, (*key, index)) for index, child in enumerate(node.value)]
+            assert isinstance(node, yaml.ScalarNode)
+            self._check(node)
             return _scalar(node.value, plain=node.style is None)
         finally:
             self._open.discard(id(node))
@@ -128,10 +182,11 @@ class _Builder:
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            self._check(key_node)
             if not isinstance(name, str):
                 self._problem(key_node, "a key must be a word", "write `name: value`")
                 continue
-            if name == "<<":
+            if name == "<<" and key_node.style is None:
                 self._problem(key_node, "merge keys (<<) are not supported", "use `extends: FILE` to share values")
                 continue
             dotted = ".".join(str(part) for part in (*key, name))
@@ -145,6 +200,16 @@ class _Builder:
             # The key's own line is what a person looks for, also when its value starts on the next one.
             self._document.places[(*key, name)] = self._place(key_node)
         return values
+
+    def _check(self, node: yaml.Node) -> None:
+        """Quoted text can spell out (`"\\0"`) what no file name can contain and no terminal can show."""
+        found = _UNUSABLE.search(node.value) if isinstance(node, yaml.ScalarNode) else None
+        if found:
+            raise ConfigError(
+                f"the character {_code_point(found[0])} cannot stand in a config",
+                place=str(self._place(node)),
+                hint="take out the escape sequence",
+            )
 
     def _place(self, node: yaml.Node) -> Place:
         return Place(self._shown, node.start_mark.line + 1)
@@ -166,8 +231,12 @@ def _scalar(text: str, *, plain: bool) -> Any:
             return text
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
     if _FLOAT.fullmatch(text) or _INF_NAN.fullmatch(text):
-        return float(text.replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf").replace(".n", "n"))
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     return text
+
+
+def _code_point(character: int | str) -> str:
+    return f"U+{character if isinstance(character, int) else ord(character):04X}"
 
 
 def _read_text(path: Path, shown: str) -> str:
