@@ -22,6 +22,7 @@ from finetune.runs.files import write_json, write_text
 from finetune.runs.folder import RunFolder, next_run, runs_of
 from finetune.runs.log import logged
 from finetune.runs.manifest import as_plain, changed_keys, provenance, resolved_yaml, timestamp
+from finetune.runs.tracking import check_tracking, prepare_tracking
 
 if TYPE_CHECKING:
     from finetune.evaluate.compare import Comparison
@@ -43,6 +44,7 @@ def train(path: Path, overrides: Sequence[str], runs: Path, console: Console, *,
     if run.state == "finished":
         return Finished(run, already=True)
     # Everything that can be wrong with the input is found before anything is written and before torch is loaded.
+    check_tracking(loaded.config)
     folder = small_files(loaded.config)
     check_targets(loaded.config, folder)
     data = prepare_shown(loaded.config, folder, console)
@@ -53,6 +55,7 @@ def train(path: Path, overrides: Sequence[str], runs: Path, console: Console, *,
             write_text(run.config, loaded.path.read_text("utf-8"))
             write_text(run.resolved, resolved_yaml(loaded))
         run.update_manifest(**provenance(loaded), accounting=vars(data.accounting))
+        prepare_tracking(loaded.config, run)
         console.event("run", path=str(run.path), resuming=resuming)
         try:
             with logged(run.log):
@@ -127,10 +130,14 @@ def account(data: PreparedData) -> list[str]:
 
 def _choose_run(loaded: LoadedConfig, runs: Path, fresh: bool) -> RunFolder:
     """The newest run of this config, or a new one. Raises RunError if the newest was made with other settings."""
-    existing = [run for run in runs_of(loaded.name, runs) if run.state is not None]
-    if fresh or not existing:
+    existing = runs_of(loaded.name, runs)
+    if not existing:
         return next_run(loaded.name, runs)
     run = existing[-1]
+    if run.state is None:
+        return run  # a folder in which nothing was begun
+    if fresh:
+        return next_run(loaded.name, runs)
     try:
         before = yaml.safe_load(run.resolved.read_text("utf-8"))
     except (OSError, yaml.YAMLError):

@@ -39,6 +39,9 @@ from finetune.train.checkpoints import newest_whole
 if TYPE_CHECKING:
     from peft import PeftModel
 
+MIN_SAVE_STEPS = 25
+"""A checkpoint costs about as much as a short step of a tiny model, and 25 steps of a large one are a few minutes."""
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -165,7 +168,7 @@ def _arguments(config: Config, run: RunFolder, hardware: Hardware, steps: int) -
         logging_steps=train.log_every or max(1, steps // 100),
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=train.save_every or max(1, math.ceil(steps / 10)),
+        save_steps=train.save_every or max(MIN_SAVE_STEPS, math.ceil(steps / 10)),
         save_total_limit=train.keep_checkpoints,
         eval_strategy="steps" if config.evaluation.every else "no",
         eval_steps=config.evaluation.every,
