@@ -53,14 +53,13 @@ def delta(module: LoraModule) -> torch.Tensor:
 
 
 def merge_weight(weight: torch.Tensor, module: LoraModule) -> torch.Tensor:
-    """The merged weight, in the dtype and shape of `weight`. The memory of `weight` is reused.
+    """The merged weight, in the dtype and shape of `weight`, which stays as it is.
 
     The sum is formed in float32 and rounded once to the weight's dtype.
     """
     change = delta(module)
     if module.magnitude is None:
-        weight += change
-        return weight
+        return change.add_(weight).to(weight.dtype)
     return _merge_dora(weight, change, module.magnitude, transposed=module.transposed)
 
 
@@ -70,7 +69,7 @@ def _merge_dora(
     """m · (W + ΔW) / ‖W + ΔW‖, the norm taken over the inputs of each output (Liu et al. 2024, arXiv:2402.09353)."""
     import torch
 
-    whole = weight + change
+    whole = change.add_(weight)
     norm: torch.Tensor = torch.linalg.norm(whole.T if transposed else whole, dim=1)
     factor = (magnitude / norm).view(-1, 1)
     return whole.mul_(factor.T if transposed else factor).to(weight.dtype)

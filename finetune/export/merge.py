@@ -17,7 +17,14 @@ from finetune.errors import BaseError, ExportError, Problem
 from finetune.export.adapter import Adapter, read_adapter
 from finetune.export.lora import LoraModule, merge_weight
 from finetune.export.partial import copy_file, partial_folder, refuse_existing, require_space, write_text
-from finetune.export.safetensors_io import Checkpoint, CheckpointWriter, PlannedTensor, StoredTensor, open_checkpoint
+from finetune.export.safetensors_io import (
+    Checkpoint,
+    CheckpointWriter,
+    PlannedTensor,
+    StoredTensor,
+    largest,
+    open_checkpoint,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -191,10 +198,12 @@ def _target_dtype(stored: StoredTensor, dtype: DType | None) -> str:
 
 def _merged(weights: Checkpoint, planned: PlannedTensor, module: LoraModule) -> tuple[torch.Tensor, bool]:
     """The merged weight in its planned dtype, and whether it differs from the base's at all."""
+    import torch
+
     before = _to(weights.read(planned.name), planned)
-    after = merge_weight(before.clone(), module)
+    after = merge_weight(before, module)
     _require_finite(after, planned.name, weights)
-    return after, not bool((after == before).all())
+    return after, not torch.equal(after, before)
 
 
 def _cast(weights: Checkpoint, planned: PlannedTensor) -> Iterator[torch.Tensor]:
@@ -212,7 +221,7 @@ def _to(tensor: torch.Tensor, planned: PlannedTensor) -> torch.Tensor:
 
 
 def _require_finite(tensor: torch.Tensor, name: str, weights: Checkpoint) -> None:
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+    if tensor.is_floating_point() and not largest(tensor) < float("inf"):
         raise ExportError(
             f"`{name}` would have values that are not finite numbers",
             place=str(weights.place),

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from finetune.export.lora import LoraModule, delta, merge_weight, scaling
-from finetune.export.merge import merge
+from finetune.export.merge import DType, merge
 
 from .conftest import LlamaMaker, peft_merged, save_adapter
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _assert_same_bits(folder: Path, expected: dict[str, torch.Tensor]) -> None:
@@ -33,7 +33,7 @@ def _assert_same_bits(folder: Path, expected: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_merging_a_real_model_gives_the_bits_peft_gives(
-    stories: Path, full_adapter: Path, tmp_path: Path, dtype: str
+    stories: Path, full_adapter: Path, tmp_path: Path, dtype: DType
 ) -> None:
     seen: list[int] = []
 
@@ -163,8 +163,8 @@ def test_any_rank_and_alpha_gives_pefts_layer(
     inner = Conv1D(out, into) if transposed else torch.nn.Linear(into, out, bias=False)
     inner.weight.data = torch.randn_like(inner.weight)
     inner = inner.to(dtype)
-    config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=rslora, fan_in_fan_out=transposed)  # type: ignore[arg-type]
-    layer = Linear(inner, "default", config, r=rank, lora_alpha=alpha).float()  # type: ignore[arg-type]
+    config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=rslora, fan_in_fan_out=transposed)
+    layer = Linear(inner, "default", config, r=rank, lora_alpha=alpha).float()
     inner.to(dtype)
     layer.lora_B["default"].weight.data.normal_()
     module = LoraModule(

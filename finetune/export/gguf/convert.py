@@ -16,7 +16,7 @@ from finetune.export.gguf.families import FAMILIES
 from finetune.export.gguf.family import Config, Family, Metadata, PlannedSource, plan
 from finetune.export.gguf.tokenizer import read_tokenizer
 from finetune.export.partial import partial_file, refuse_existing, require_space
-from finetune.export.safetensors_io import Checkpoint, open_checkpoint
+from finetune.export.safetensors_io import Checkpoint, largest, open_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -167,10 +167,10 @@ def _write_tensor(file: IO[bytes], target: _Target, model: Path) -> None:
     file.write(bytes(-file.tell() % ALIGNMENT))
     limit = torch.finfo(torch.float16 if target.quant == "f16" else torch.float32).max
     for chunk in target.rows():
-        largest = float(chunk.float().abs().max()) if chunk.numel() else 0.0
-        if not largest <= limit:  # NaN is not less or equal either
+        found = largest(chunk)
+        if not found <= limit:  # NaN is not less or equal either
             raise ExportError(
-                f"`{target.name}` has values that {target.quant} cannot hold ({largest:g})",
+                f"`{target.name}` has values that {target.quant} cannot hold ({found:g})",
                 place=str(model),
                 hint="convert to bf16 or f32",
             )

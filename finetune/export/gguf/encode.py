@@ -15,6 +15,8 @@ Quant = Literal["f32", "f16", "bf16", "q8_0"]
 Q8_0_BLOCK = 32
 """Weights that share one scale; a row must be a whole number of blocks."""
 
+_PIECE_BLOCKS = 2**14
+
 _BYTES_PER_BLOCK = {"f32": (4, 1), "f16": (2, 1), "bf16": (2, 1), "q8_0": (2 + Q8_0_BLOCK, Q8_0_BLOCK)}
 
 FILE_TYPES: dict[Quant, int] = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
@@ -35,13 +37,34 @@ def nbytes(shape: tuple[int, ...], quant: Quant) -> int:
     return math.prod(shape) // block * size
 
 
-def encode(tensor: torch.Tensor, quant: Quant) -> memoryview | bytes:
+def encode(tensor: torch.Tensor, quant: Quant) -> memoryview:
     """The bytes of a tensor (or of some of its rows), rounded to nearest. The dtype given in does not matter."""
     import torch
 
     if quant == "q8_0":
-        from gguf import GGMLQuantizationType
-        from gguf.quants import quantize
-
-        return bytes(quantize(tensor.float().contiguous().numpy(), GGMLQuantizationType.Q8_0).tobytes())
+        # In pieces that stay in the processor's cache: more than twice as fast as all at once.
+        pieces = tensor.reshape(-1, Q8_0_BLOCK).split(_PIECE_BLOCKS)
+        return as_bytes(torch.cat([quantise_q8_0(piece) for piece in pieces]))
     return as_bytes(tensor.to({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[quant]))
+
+
+def quantise_q8_0(tensor: torch.Tensor) -> torch.Tensor:
+    """(…, n) of any floating dtype, n a multiple of 32 → (blocks, 34) bytes: a float16 scale and 32 signed bytes each.
+
+    The scale is the block's largest value / 127; halves are rounded away from zero. The same bytes as
+    `gguf.quants.quantize(…, Q8_0)`, which is the reference quantiser of ggml (`quantize_row_q8_0_ref`).
+    """
+    import torch
+
+    blocks = tensor.float().reshape(-1, Q8_0_BLOCK)
+    scales = blocks.abs().amax(dim=1, keepdim=True) / 127
+    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
+    exact = blocks * inverse
+    size = exact.abs()
+    whole = size.floor()
+    # floor(2 · fraction) is 1 from a half on; adding a half first would round 0.49999997 up.
+    rounded = size.sub_(whole).mul_(2).floor_().add_(whole).copysign_(exact)
+    encoded = torch.empty(len(blocks), 2 + Q8_0_BLOCK, dtype=torch.uint8)
+    encoded[:, :2] = scales.to(torch.float16).view(torch.uint8)
+    encoded[:, 2:] = rounded.to(torch.int8).view(torch.uint8)
+    return encoded

@@ -1,7 +1,7 @@
 """Reading and writing model folders in the safetensors format, a tensor at a time."""
 
 from finetune.export.safetensors_io.header import StoredTensor, itemsize
-from finetune.export.safetensors_io.reader import Checkpoint, open_checkpoint, open_file
+from finetune.export.safetensors_io.reader import Checkpoint, largest, open_checkpoint, open_file
 from finetune.export.safetensors_io.writer import CheckpointWriter, PlannedTensor
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "PlannedTensor",
     "StoredTensor",
     "itemsize",
+    "largest",
     "open_checkpoint",
     "open_file",
 ]

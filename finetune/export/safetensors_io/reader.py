@@ -125,6 +125,17 @@ def _read_index(index: Path) -> dict[str, str]:
     return dict(pairs)
 
 
+def largest(tensor: torch.Tensor) -> float:
+    """The largest absolute value; NaN if there is one anywhere, 0 for a tensor without elements.
+
+    Comparing this with a limit is an order of magnitude faster than `isfinite()` for every element.
+    """
+    if not tensor.numel():
+        return 0.0
+    low, high = tensor.aminmax()
+    return float("nan") if bool(low.isnan()) else max(-float(low), float(high))
+
+
 def _torch_dtypes() -> dict[str, torch.dtype]:
     import torch
 
