@@ -40,7 +40,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BaseError(
             "config.json cannot be read", place=str(path), hint="download the model again: this file is damaged"
         ) from error

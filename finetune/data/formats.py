@@ -149,7 +149,7 @@ def _turns(row: Row, field: str, role_key: str, content_key: str, roles: dict[st
                 "expected an object", place=place, hint=f'a turn is {{"{role_key}": …, "{content_key}": …}}'
             )
         role, content = turn.get(role_key), turn.get(content_key)
-        if role not in roles:
+        if not isinstance(role, str) or role not in roles:
             known = ", ".join(roles)
             raise DataError(f"{role_key} is {_shown(role)}", place=place, hint=f"known roles: {known}")
         if not isinstance(content, str) or not content.strip():
@@ -215,4 +215,7 @@ def _shown(value: Any) -> str:
         return "null"
     if isinstance(value, str):
         return "empty" if not value.strip() else repr(value[:30])
-    return {list: "a list", dict: "an object", bool: "true or false"}.get(type(value), "a number")
+    if value == []:
+        return "an empty list"
+    kinds = {list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
+    return kinds.get(type(value), f"of the type {type(value).__name__}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from finetune.config.schema import Config
 from finetune.console import Console
 from finetune.data.prepare import PreparedData, TokenRow
+from finetune.errors import DataError
 
 BARS = 8
 """Lines in the histogram of lengths."""
@@ -14,7 +15,11 @@ BARS = 8
 
 def show_rows(data: PreparedData, config: Config, console: Console, *, first: int, count: int) -> None:
     """Print the histogram and some training rows; with `--json`, one object per row."""
-    chosen = data.train[first - 1 : first - 1 + count]
+    if not 1 <= first <= len(data.train):
+        raise DataError(
+            "there is no such row to train on", place=f"--row {first}", hint=f"name one from 1 to {len(data.train):,}"
+        )
+    chosen = data.train[first - 1 : first - 1 + max(count, 0)]
     if console.json_events:
         for number, row in enumerate(chosen, first):
             console.event(

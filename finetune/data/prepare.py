@@ -59,7 +59,9 @@ class Accounting:
     first_dropped: dict[str, str] = field(default_factory=dict)
     """Reason → place of the first row dropped for it."""
     truncated: int = 0
+    """Of the rows used or held out, how many were cut."""
     lost_supervised_tokens: int = 0
+    """What the cuts took from them."""
     formats: dict[str, str] = field(default_factory=dict)
     """Source → format."""
 
@@ -129,8 +131,11 @@ def prepare(
     train_rows = encoder.encode(train)
     held_out_rows = encoder.encode(held_out)
     if not train_rows:
+        first = next(iter(accounting.first_dropped.items()), None)
         raise DataError(
-            "no row is left to train on", hint="see which rows were dropped, and why, with `ft data CONFIG`"
+            "no row is left to train on" + (f": {first[0]} (the first: {first[1]})" if first else ""),
+            place=", ".join(accounting.formats),
+            hint="raise train.sequence_length, or set `on_overlong: error` in data to see how long the rows are",
         )
     accounting.used, accounting.held_out = len(train_rows), len(held_out_rows)
     packs = None
@@ -158,15 +163,16 @@ def load_source(source: DataSource, accounting: Accounting) -> list[Conversation
 def _split(
     rows: list[tuple[Conversation, DataSource]], share: float, seed: int
 ) -> tuple[list[tuple[Conversation, DataSource]], list[tuple[Conversation, DataSource]]]:
-    """Draw the held-out rows: a fraction below 1, or a number of rows. At least one of each side, if any is asked for."""
+    """Draw the held-out rows: a fraction below 1, or a number of rows. If any are asked for, each side gets one."""
     if share == 0:
         return rows, []
     wanted = round(share * len(rows)) if share < 1 else int(share)
     wanted = max(1, wanted)
     if wanted >= len(rows):
         raise DataError(
-            f"evaluation.split asks for {wanted} held-out rows, but there are only {len(rows)} rows",
-            hint="set evaluation.split to 0, or to a smaller share",
+            f"would hold out {wanted:,} of {len(rows):,} rows, which leaves none to train on",
+            place="evaluation.split",
+            hint="give more rows, hold out fewer, or set it to 0, which evaluates nothing",
         )
     chosen = set(random.Random(seed).sample(range(len(rows)), wanted))
     kept = [row for index, row in enumerate(rows) if index not in chosen]
@@ -242,25 +248,27 @@ class _Encoder:
         assert self._template is not None
         try:
             if self._config.train.loss_on == "all":
-                return self._template.render(conversation.messages), []
+                return self._template.render_whole(conversation.messages), []
             return self._template.render_with_answers(conversation.messages)
         except TemplateRefusal as reason:
             raise refusal(self._template, reason, conversation.place) from reason
 
     def _fit(self, row: TokenRow, source: DataSource) -> TokenRow | None:
         limit = self._config.train.sequence_length
+        lost: int | None = None
         if len(row.ids) > limit:
             if source.on_overlong == "drop":
                 self._accounting.drop("longer than train.sequence_length", row.place)
-                self._accounting.lost_supervised_tokens += int(row.supervised.sum())
                 return None
-            self._accounting.truncated += 1
-            self._accounting.lost_supervised_tokens += int(row.supervised[limit:].sum())
+            lost = int(row.supervised[limit:].sum())
             row = TokenRow(row.ids[:limit], row.supervised[:limit], row.conversation)
         if not row.supervised[1:].any():
             # The first token is never predicted, so a loss on it alone trains nothing.
             self._accounting.drop("no token with loss is left", row.place)
             return None
+        if lost is not None:
+            self._accounting.truncated += 1
+            self._accounting.lost_supervised_tokens += lost
         return row
 
 
@@ -284,8 +292,8 @@ def _overlong_error(rows: Sequence[TokenRow], limit: int, total: int) -> DataErr
         f"{len(rows):,} of {total:,} rows are longer than train.sequence_length {limit:,}; the first is here, the "
         f"longest has {len(longest.ids):,} tokens ({longest.place})",
         place=rows[0].place,
-        hint=f"raise train.sequence_length to {len(longest.ids)}, or set `on_overlong: truncate` in data (loses {lost:,} "
-        f"tokens with loss, {emptied:,} rows whole) or `on_overlong: drop` (loses {len(rows):,} rows)",
+        hint=f"raise train.sequence_length to {len(longest.ids)}, or set in data `on_overlong: truncate` (loses "
+        f"{lost:,} tokens with loss, {emptied:,} rows whole) or `on_overlong: drop` (loses {len(rows):,} rows)",
     )
 
 

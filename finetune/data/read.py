@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import DataSource, is_local_data
 from finetune.errors import DataError
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""How JSON escapes half of a character beyond U+FFFF; one without its other half is no text."""
 
 MAX_CELL = 100_000_000
 """csv refuses cells above 128 KiB unless told otherwise; a document can be longer."""
@@ -70,37 +74,39 @@ def _renamed(row: Row, columns: dict[str, str]) -> Row:
 
 def _jsonl(path: Path, shown: str) -> Iterator[Row]:
     with _opened(path, shown) as file:
-        for number, line in enumerate(file, 1):
-            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                line = line[3:]
-            if not line.strip():
+        for number, line in enumerate(_decoded(file, shown), 1):
+            # Without its end, so that a line that breaks off is wrong in its last column, not in the next line's first.
+            line = line.rstrip()
+            if not line:
                 continue
             place = f"{shown}:{number}"
             try:
-                values = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"not valid UTF-8 (byte {error.start + 1} of the line)", place=place, hint="save the file as UTF-8"
-                ) from error
+                values = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise DataError(
-                    f"not valid JSON: {_json_reason(error)}", place=place, hint="each line must be one JSON object"
+                    f"not valid JSON: {_json_reason(error)}", place=place, hint=_jsonl_hint(line, number)
                 ) from error
-            yield _checked(values, place)
+            if number == 1 and isinstance(values, list):
+                raise DataError("a list where one object is expected", place=place, hint=_jsonl_hint(line, number))
+            yield _checked(values, place, escapes=bool(_SURROGATE.search(line)))
+
+
+def _jsonl_hint(line: str, number: int) -> str:
+    if number == 1 and line.startswith("["):
+        return "a file that is one JSON list must be named .json; in .jsonl each line is an object"
+    return "each line must be one JSON object"
 
 
 def _json(path: Path, shown: str) -> Iterator[Row]:
     with _opened(path, shown) as file:
-        content = file.read()
+        content = "".join(_decoded(file, shown))
     try:
-        values = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError("not valid UTF-8", place=f"{shown}:{line}", hint="save the file as UTF-8") from error
+        values = json.loads(content)
     except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
+        line = getattr(error, "lineno", None)
         hint = "a .json file is one list of objects; with one object a line it must be named .jsonl"
-        raise DataError(f"not valid JSON: {_json_reason(error)}", place=f"{shown}:{line}", hint=hint) from error
+        place = f"{shown}:{line}" if line else shown
+        raise DataError(f"not valid JSON: {_json_reason(error)}", place=place, hint=hint) from error
     if isinstance(values, dict):
         lists = [value for value in values.values() if isinstance(value, list)]
         values = lists[0] if len(lists) == 1 else values
@@ -108,46 +114,63 @@ def _json(path: Path, shown: str) -> Iterator[Row]:
         raise DataError(
             "expected a list of objects", place=shown, hint="write [ {…}, {…} ], or one object a line (.jsonl)"
         )
+    escapes = bool(_SURROGATE.search(content))
     for number, value in enumerate(values, 1):
-        yield _checked(value, f"{shown}: row {number}")
+        yield _checked(value, f"{shown}: row {number}", escapes=escapes)
 
 
 def _csv(path: Path, shown: str) -> Iterator[Row]:
     csv.field_size_limit(MAX_CELL)
-    with _opened(path, shown):
-        pass
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+    with _opened(path, shown) as file:
+        reader = csv.reader(_decoded(file, shown), strict=True)
         header: list[str] | None = None
         while True:
+            # A row may go over several lines; a person looks for it where it begins.
+            place = f"{shown}:{reader.line_num + 1}"
             try:
                 cells = next(reader)
             except StopIteration:
                 return
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    "not valid UTF-8", place=f"{shown}:{reader.line_num + 1}", hint="save the file as UTF-8"
-                ) from error
             except csv.Error as error:
                 raise DataError(
-                    f"not valid CSV: {error}", place=f"{shown}:{reader.line_num}", hint="check the quotes in this row"
+                    f"not valid CSV: {error}", place=place, hint="check the quotes and line ends of this row"
                 ) from error
             if not cells:
                 continue
             if header is None:
-                header = [cell.strip() for cell in cells]
-                if len(set(header)) != len(header):
-                    raise DataError(
-                        "two columns have the same name", place=f"{shown}:{reader.line_num}", hint="rename one of them"
-                    )
+                header = _header(cells, place)
                 continue
             if len(cells) != len(header):
                 raise DataError(
                     f"has {len(cells)} cells where the header has {len(header)}",
-                    place=f"{shown}:{reader.line_num}",
+                    place=place,
                     hint='a cell with a comma or a line break in it must stand in "quotes"',
                 )
-            yield Row(dict(zip(header, cells, strict=True)), f"{shown}:{reader.line_num}")
+            yield Row(dict(zip(header, cells, strict=True)), place)
+
+
+def _header(cells: list[str], place: str) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    if len(set(names)) != len(names):
+        raise DataError("two columns have the same name", place=place, hint="rename one of them")
+    if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
+        raise DataError(
+            f"has one column, named {names[0]!r}", place=place, hint="save the file with commas between the cells"
+        )
+    return names
+
+
+def _decoded(file: Iterable[bytes], shown: str) -> Iterator[str]:
+    """The lines of a text file. Line by line, so that a byte that is not UTF-8 is reported where it stands."""
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"not valid UTF-8 (byte {error.start + 1} of the line)",
+                place=f"{shown}:{number}",
+                hint="save the file as UTF-8",
+            ) from error
 
 
 def _parquet(path: Path, shown: str) -> Iterator[Row]:
@@ -161,7 +184,8 @@ def _parquet(path: Path, shown: str) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield _checked(values, f"{shown}: row {number}")
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        # The last two: text that is not UTF-8, times that Python has no value for.
         raise DataError(
             "not a readable Parquet file", place=shown, hint="write it again; its end may be missing"
         ) from error
@@ -199,16 +223,27 @@ def _opened(path: Path, shown: str) -> Any:
         ) from error
 
 
-def _checked(values: Any, place: str) -> Row:
+def _checked(values: Any, place: str, *, escapes: bool = False) -> Row:
+    """A row, if it is one. `escapes`: the JSON it was read from spells out characters that may be none."""
     if not isinstance(values, dict):
-        kind = {list: "a list", str: "text", type(None): "null"}.get(type(values), "a number")
+        kinds = {list: "a list", str: "text", type(None): "null", bool: "true or false"}
+        kind = kinds.get(type(values), "a number")
         raise DataError(
             f"expected an object with named fields, got {kind}", place=place, hint='a row looks like {"prompt": "…", …}'
         )
+    if escapes:
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"half a character: \\u{ord(error.object[error.start]):04x} without the other half of its pair",
+                place=place,
+                hint="the text was cut in the middle of a character: mend the row, or remove it",
+            ) from error
     return Row(values, place)
 
 
 def _json_reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg[0].lower()}{error.msg[1:]} (column {error.colno})"
-    return "nested too deep"
+    return "nested too deep" if isinstance(error, RecursionError) else "a number of thousands of digits"

@@ -66,21 +66,19 @@ class ChatTemplate:
 
         try:
             return _environment(self.today).from_string(self.source)
-        except jinja2.TemplateError as error:
-            line = getattr(error, "lineno", None)
+        except Exception as error:  # Jinja's own errors, and what Python's compiler says to the code it made
+            line = error.lineno if isinstance(error, jinja2.TemplateSyntaxError) else None
             raise BaseError(
-                f"the chat template is not valid Jinja: {error.message}",
+                f"the chat template is not valid Jinja: {_reason(error)}",
                 place=f"{self.origin}:{line}" if line else self.origin,
                 hint="give another with `chat_template: chatml | plain | path.jinja`",
             ) from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation. Raises DataError where the template refuses it."""
+        """The text of a conversation. Raises TemplateRefusal where the template refuses it."""
         return self._render([message.as_dict() for message in messages], add_generation_prompt)
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        import jinja2
-
         try:
             return self._compiled.render(
                 messages=messages,
@@ -89,8 +87,18 @@ class ChatTemplate:
                 documents=None,
                 **self.special,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            raise TemplateRefusal(str(error)) from error
+        except (TemplateRefusal, BaseError):
+            raise
+        except Exception as error:  # a template is a program: it can fail in any way
+            raise TemplateRefusal(_reason(error)) from error
+
+    def render_whole(self, messages: Sequence[Message]) -> str:
+        """The text to train on. Some templates leave out a system message without a word: what is lost is refused."""
+        whole = self.render(messages)
+        for number, message in enumerate(messages, 1):
+            if message.role != "assistant" and message.content.strip() not in whole:
+                raise TemplateRefusal(f"it leaves out or changes turn {number}, the {message.role}'s")
+        return whole
 
     def render_with_answers(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         """The text, and the span of characters of each assistant turn in it, its end-of-turn token included.
@@ -100,7 +108,7 @@ class ChatTemplate:
         by rendering the same conversation with another content. A turn ends where the conversation up to it ends, less
         the white space after the end-of-turn token, which nobody waits for.
         """
-        whole = self.render(messages)
+        whole = self.render_whole(messages)
         spans: list[Span] = []
         for index, message in enumerate(messages):
             if message.role != "assistant":
@@ -126,16 +134,22 @@ class ChatTemplate:
             return len(prompt)
         content = messages[index].content
         other = "\u2063" if content.lstrip()[:1] != "\u2063" else "\u2062"
-        changed = [*messages[:index], Message("assistant", other + content.lstrip()), *messages[index + 1 :]]
+        changed = [*messages[:index], Message("assistant", other + content), *messages[index + 1 :]]
         rendered = self.render(changed)
         start = next((i for i, (a, b) in enumerate(zip(whole, rendered, strict=False)) if a != b), None)
-        if start is None or not whole.startswith(content.strip(), start):
+        # A template may strip the content's white space or leave it.
+        if start is None or not whole.startswith((content.rstrip(), content.strip()), start):
             raise TemplateRefusal(f"where it puts the answer of turn {index + 1} cannot be proven")
         return start
 
 
 class TemplateRefusal(Exception):
     """Why a template cannot be used for a conversation; turned into a DataError where the row's place is known."""
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in a template, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def refusal(template: ChatTemplate, reason: TemplateRefusal, place: str) -> DataError:
@@ -214,8 +228,14 @@ def _environment(today: datetime.datetime) -> jinja2.Environment:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body).set_lineno(line)
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def raise_exception(message: str) -> None:
         raise TemplateRefusal(message)

@@ -50,7 +50,7 @@ class Tokenizer:
 
     @cached_property
     def pad_id(self) -> int:
-        """The id that fills up short sequences. It is masked out everywhere, so any id does; pad is the plain choice."""
+        """The id that fills up short sequences. It is masked out everywhere, so any would do."""
         for name in ("pad_token", "unk_token", "eos_token"):
             if name in self.special:
                 found = self.token_id(self.special[name])
@@ -120,7 +120,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BaseError(
             "cannot be read", place=str(path), hint="download the model again: this file is damaged"
         ) from error

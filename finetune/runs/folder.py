@@ -90,7 +90,7 @@ class RunFolder:
             raise RunError(
                 "not a run folder: it has no manifest.json", place=str(self.path), hint="`ft runs` lists the runs"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(
                 "manifest.json cannot be read", place=str(self.manifest), hint="restore it, or train with --fresh"
             ) from error
