@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,20 @@ def test_every_shape_continues_as_in_transformers(
     prompts = [PROMPTS[0], long_prompt]
     assert _continuations(tmp_path / "model.gguf", prompts) == [_expected(model, prompt) for prompt in prompts]
     assert report.notes == ()
+
+
+def test_a_configuration_of_the_old_kind(stories: Path, make_llama: LlamaMaker, tmp_path: Path) -> None:
+    """Before transformers 5 there was `rope_theta` beside `rope_scaling`, and `torch_dtype`."""
+    new = make_llama("new", vocab_size=512, tokenizer=stories, rope_parameters=LLAMA3_ROPE)
+    old = Path(shutil.copytree(new, tmp_path / "old"))
+    config = json.loads((new / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": config.pop("dtype")}
+    (old / "config.json").write_text(json.dumps(config))
+    for folder in (new, old):
+        convert(folder, tmp_path / "model.gguf", quant="f32", name="model")
+        (tmp_path / "model.gguf").rename(tmp_path / f"{folder.name}.gguf")
+    assert (tmp_path / "old.gguf").read_bytes() == (tmp_path / "new.gguf").read_bytes()
 
 
 def _shake(model: Path) -> None:

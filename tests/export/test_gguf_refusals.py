@@ -105,6 +105,16 @@ def test_more_tokens_than_the_model_knows(model: Path) -> None:
     _refused(model, "ids up to 512, its embedding has 512 rows")
 
 
+def test_no_token_to_end_with(model: Path) -> None:
+    """llama.cpp would take a token of its own choosing for it, and stop there."""
+    _edit_json(model / "tokenizer_config.json", lambda config: config.update({"eos_token": None}))
+    _refused(model, "no token that ends a text")
+    template = "{% for m in messages %}{{ m.content }}<s>{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    report = convert(model, model.parent / "out.gguf", quant="f16")
+    assert report.stop == ("<s>",)
+
+
 SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "lower case": ({"normalizer": {"type": "Lowercase"}}, "changes text first"),
     "another kind of words": ({"pre_tokenizer": {"type": "Whitespace"}}, "neither byte-level nor"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,10 +198,22 @@ def test_an_interrupted_merge_leaves_nothing_with_a_final_name(
     assert not list(tmp_path.glob("merged*"))
 
 
-def test_what_a_killed_merge_left_behind_is_cleared_away(stories: Path, full_adapter: Path, tmp_path: Path) -> None:
-    left = tmp_path / "merged.partial"
-    left.mkdir()
-    (left / "model-00001-of-00009.safetensors").write_bytes(b"half a file")
-    merge(stories, full_adapter, tmp_path / "merged", tokenizer=stories, dtype=None)
-    assert not left.exists()
-    assert len(list((tmp_path / "merged").glob("*.safetensors"))) == 1
+KILLED = """
+import os, sys
+from pathlib import Path
+from finetune.export.merge import merge
+base, adapter, out = map(Path, sys.argv[1:])
+merge(base, adapter, out, tokenizer=base, dtype=None, on_tensor=lambda done, *_: done == 20 and os.kill(os.getpid(), 9))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kills a process as POSIX systems do")
+def test_a_killed_merge_leaves_nothing_with_a_final_name_and_can_be_repeated(
+    stories: Path, full_adapter: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "merged"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(stories), str(full_adapter), str(out)])
+    assert killed.returncode == -9
+    assert [path.name for path in tmp_path.iterdir()] == ["merged.partial"]
+    merge(stories, full_adapter, out, tokenizer=stories, dtype=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]

@@ -87,6 +87,11 @@ def test_nothing_is_printed_and_the_log_goes_where_it_is_told(
     assert "model loaded" in log.read_text()
 
 
+def test_what_is_left_open_is_chosen(gguf: Path) -> None:
+    with LlamaCpp(gguf, context=0, threads=1) as llama:
+        assert len(llama.generate_ids([1] * 500, 3)) == 3  # the model was trained with 512
+
+
 def test_files_it_cannot_load_are_explained(gguf: Path, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no such file"):
         LlamaCpp(tmp_path / "none.gguf", context=64)

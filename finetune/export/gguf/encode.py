@@ -43,7 +43,7 @@ def encode(tensor: torch.Tensor, quant: Quant) -> memoryview:
 
     if quant == "q8_0":
         # In pieces that stay in the processor's cache: more than twice as fast as all at once.
-        pieces = tensor.reshape(-1, Q8_0_BLOCK).split(_PIECE_BLOCKS)
+        pieces = torch.split(tensor.reshape(-1, Q8_0_BLOCK), _PIECE_BLOCKS)
         return as_bytes(torch.cat([quantise_q8_0(piece) for piece in pieces]))
     return as_bytes(tensor.to({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[quant]))
 

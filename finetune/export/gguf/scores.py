@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 
 def merge_scores(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str]]) -> tuple[dict[str, float], int]:
-    """Token → score, and in how many places the scores say something else than the merges.
+    """Token → score, and in how many places the scores say something else than the merges. `vocab` holds the tokens
+    that text is built of: no special tokens, no bytes.
 
     A token's score is minus the rank of the first merge that makes it, so that what is merged earlier scores higher.
     The two agree when every way of cutting a token into two tokens is a merge, and when the merges that make one token
@@ -32,7 +33,6 @@ def merge_scores(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str]]
     unlisted = sum(
         token[:cut] in vocab and token[cut:] in vocab and (token[:cut], token[cut:]) not in known
         for token in vocab
-        if not (token.startswith("<") and token.endswith(">"))
         for cut in range(1, len(token))
     )
     never = float(-len(pairs) - 1)

@@ -17,7 +17,7 @@ from finetune.errors import BaseError, ExportError
 from finetune.export.gguf import pretokenizer, spaces
 from finetune.export.gguf.family import Metadata
 from finetune.export.gguf.scores import merge_scores
-from finetune.export.gguf.tokens import fill, hide_lookalikes, mark_bytes, token_type
+from finetune.export.gguf.tokens import NORMAL, fill, hide_lookalikes, mark_bytes, token_type
 from finetune.export.gguf.turn import end_of_turn, sample_conversation
 
 
@@ -54,38 +54,13 @@ def read_tokenizer(folder: Path, rows: int) -> GgufTokenizer:
     special = set(tokenizer.all_special_tokens)
     types = [token_type(index, texts, added, special, tokenizer.unk_token) for index in range(rows)]
     conversation = sample_conversation(tokenizer)
-    metadata: Metadata
-    notes: list[str] = []
     if _is_byte_level(spec):
-        metadata = {
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": pretokenizer.recognise(spec, place),
-            "tokenizer.ggml.tokens": hide_lookalikes(tokens, types, tokenizer),
-            "tokenizer.ggml.token_type": types,
-            "tokenizer.ggml.merges": [_merge_text(merge, place) for merge in spec["model"]["merges"]],
-        }
-        notes += _normaliser_notes(spec, place)
+        metadata, notes = _byte_level(tokenizer, spec, tokens, types, place)
     else:
-        types = mark_bytes(tokens, types)
-        prefix, space_notes = spaces.choose_prefix(spec, conversation, place)
-        scores, inexact = merge_scores(spec["model"]["vocab"], spec["model"]["merges"])
-        metadata = {
-            "tokenizer.ggml.model": "llama",
-            "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.scores": [scores.get(token, 0.0) for token in tokens],
-            "tokenizer.ggml.token_type": types,
-            "tokenizer.ggml.add_space_prefix": prefix,
-        }
-        notes += space_notes
-        if inexact:
-            notes.append(f"{inexact} ways of building a token cannot be told to llama.cpp; rare words may differ")
-    metadata |= _special_ids(tokenizer, rows) | _automatic_tokens(tokenizer, conversation, place)
-    stop = []
-    if conversation and (end := end_of_turn(conversation, [token["content"] for token in added.values()])):
-        metadata["tokenizer.ggml.eot_token_id"] = tokenizer.convert_tokens_to_ids(end)
-        stop.append(end)
-    if tokenizer.eos_token:
-        stop.append(tokenizer.eos_token)
+        metadata, notes = _sentence_pieces(spec, set(added), tokens, types, conversation, place)
+    end = end_of_turn(conversation, [token["content"] for token in added.values()]) if conversation else None
+    end_id = None if end is None else int(tokenizer.convert_tokens_to_ids(end))
+    metadata |= _special_ids(tokenizer, end_id, place) | _automatic_tokens(tokenizer, conversation, place)
     if template := _template(tokenizer):
         metadata["tokenizer.chat_template"] = template
         if not conversation:
@@ -93,7 +68,42 @@ def read_tokenizer(folder: Path, rows: int) -> GgufTokenizer:
     stripping = [token["content"] for token in added.values() if token["lstrip"] or token["rstrip"]]
     if stripping:
         notes.append(f"white space around {', '.join(stripping[:3])} is dropped in training, but not by llama.cpp")
-    return GgufTokenizer(metadata, tuple(dict.fromkeys(stop)), tuple(notes))
+    stop = dict.fromkeys(token for token in (end, tokenizer.eos_token) if token)
+    return GgufTokenizer(metadata, tuple(stop), tuple(notes))
+
+
+def _byte_level(
+    tokenizer: Any, spec: dict[str, Any], tokens: list[str], types: list[int], place: str
+) -> tuple[Metadata, list[str]]:
+    metadata: Metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pretokenizer.recognise(spec, place),
+        "tokenizer.ggml.tokens": hide_lookalikes(tokens, types, tokenizer),
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": [_merge_text(merge, place) for merge in spec["model"]["merges"]],
+    }
+    return metadata, _normaliser_notes(spec, place)
+
+
+def _sentence_pieces(
+    spec: dict[str, Any], added: set[int], tokens: list[str], types: list[int], conversation: str | None, place: str
+) -> tuple[Metadata, list[str]]:
+    types = mark_bytes(tokens, types)
+    prefix, notes = spaces.choose_prefix(spec, conversation, place)
+    pieces = {
+        text: index for text, index in spec["model"]["vocab"].items() if index not in added and types[index] == NORMAL
+    }
+    scores, inexact = merge_scores(pieces, spec["model"]["merges"])
+    if inexact:
+        notes.append(f"{inexact} ways of building a token cannot be told to llama.cpp; rare words may differ")
+    metadata: Metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [scores.get(token, 0.0) for token in tokens],
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.add_space_prefix": prefix,
+    }
+    return metadata, notes
 
 
 def _load(folder: Path) -> Any:
@@ -128,10 +138,19 @@ def _normaliser_notes(spec: dict[str, Any], place: str) -> list[str]:
     raise ExportError(f"its tokenizer changes text first ({json.dumps(normaliser)}), llama.cpp does not", place=place)
 
 
-def _special_ids(tokenizer: Any, rows: int) -> Metadata:
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {long: getattr(tokenizer, f"{short}_token_id") for short, long in names.items()}
-    return {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i is not None and i < rows}
+def _special_ids(tokenizer: Any, end_of_turn_id: int | None, place: str) -> Metadata:
+    """The ids of the special tokens. EOS and BOS are always said: left out, llama.cpp takes ids 11 or 1 and 2."""
+    eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else end_of_turn_id
+    if eos is None:
+        raise ExportError("its tokenizer has no token that ends a text", place=place, hint="set its `eos_token`")
+    ids = {
+        "bos": eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
+        "eos": eos,
+        "eot": end_of_turn_id,
+        "unknown": tokenizer.unk_token_id,
+        "padding": tokenizer.pad_token_id,
+    }
+    return {f"tokenizer.ggml.{name}_token_id": int(i) for name, i in ids.items() if i is not None}
 
 
 def _automatic_tokens(tokenizer: Any, conversation: str | None, place: str) -> Metadata:

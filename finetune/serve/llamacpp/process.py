@@ -198,7 +198,8 @@ def _load(order: dict[str, Any]) -> Any:
     params.verbosity = order["verbosity"]
     params.n_ctx = order["context"]
     params.n_parallel = 1
-    params.fit_params = False  # the context asked for, not one that was shrunk to fit
+    # What is left open is chosen to fit into the GPU's memory; what is asked for stays.
+    params.fit_params = order["gpu_layers"] is None or order["context"] == 0
     params.warmup = False
     params.ui = False
     params.cache_ram_mib = 0
