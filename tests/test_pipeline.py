@@ -1,4 +1,4 @@
-"""`ft train` as a person lives with it: again after a crash, again after the end, with other settings, by two at once."""
+"""`ft train` as a person lives with it: again after a crash or after the end, with other settings, by two at once."""
 
 from __future__ import annotations
 

@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-BATCH_TOKENS = 4096
-"""Tokens in one evaluation batch; its logits are freed before the next, so memory does not grow with the rows."""
+BATCH_LOGITS = 2**28
+"""Logits in one evaluation batch, unless one row alone has more: half a gigabyte in 16 bit. They are freed before the
+next batch, so memory does not grow with the number of rows."""
+
+SLICE = 256
+"""Positions whose loss is computed at a time: only these logits exist in float32 as well."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +137,11 @@ def held_out_loss(
     was_training = model.training
     model.eval()
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+    batch_tokens = BATCH_LOGITS // model.config.vocab_size
     batches: list[list[TokenRow]] = []
     for index in order:
         row = rows[index]
-        if not batches or (len(batches[-1]) + 1) * len(row.ids) > BATCH_TOKENS:
+        if not batches or (len(batches[-1]) + 1) * len(row.ids) > batch_tokens:
             batches.append([])
         batches[-1].append(row)
     done = 0
@@ -152,10 +157,12 @@ def held_out_loss(
             logits = model(input_ids=torch.from_numpy(ids).to(model.device), use_cache=False).logits[:, :-1]
             wanted = torch.from_numpy(labels[:, 1:]).to(logits.device)
             for line in range(len(batch)):
-                loss = torch.nn.functional.cross_entropy(
-                    logits[line].float(), wanted[line], ignore_index=-100, reduction="sum"
-                )
-                total += float(loss)
+                for begin in range(0, width - 1, SLICE):
+                    some = slice(begin, begin + SLICE)
+                    loss = torch.nn.functional.cross_entropy(
+                        logits[line, some].float(), wanted[line, some], ignore_index=-100, reduction="sum"
+                    )
+                    total += float(loss)
         tokens += int((labels[:, 1:] != -100).sum())
         done += len(batch)
         on_progress(done, len(rows))

@@ -1,0 +1,83 @@
+"""Base against tuned: the numbers are what a plain computation gives, and the adapter is what makes the difference."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.config.schema import Config
+from finetune.data.prepare import PreparedData
+from finetune.evaluate.compare import Score, compare, held_out_loss
+from finetune.model.adapter import add_adapter
+from finetune.model.base import LoadedModel, load_base
+from finetune.model.hardware import detect
+from tests.train.conftest import prepared, tiny_config
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, PreparedData, LoadedModel]:
+    """Seven held-out rows of different lengths, and a base with an adapter that does something."""
+    config = tiny_config(
+        tmp_path_factory.mktemp("compare"),
+        evaluation={"split": 7, "samples": 2, "metric": "exact-match", "max_new_tokens": 4},
+        quantization="none",
+    )
+    loaded = load_base(config, Path(config.base), detect())
+    model = add_adapter(config, loaded)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    return config, prepared(config), LoadedModel(model, loaded.hardware)
+
+
+def test_the_loss_is_the_mean_over_all_tokens_with_loss(
+    setting: tuple[Config, PreparedData, LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, data, loaded = setting
+    total, tokens = 0.0, 0
+    for row in data.held_out:
+        ids = torch.from_numpy(row.ids).long()[None]
+        labels = torch.from_numpy(row.labels()).long()[None]
+        with torch.no_grad():
+            logits = loaded.model(input_ids=ids).logits
+        total += float(torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum"))
+        tokens += int((labels[0, 1:] != -100).sum())
+    # Batches of one row, of some, and of all give the same: padding and slices change nothing.
+    for logits_at_once in (1, 2048 * 400, 2**28):
+        monkeypatch.setattr("finetune.evaluate.compare.BATCH_LOGITS", logits_at_once)
+        loss, counted = held_out_loss(loaded.model, data.held_out, 0, lambda done, rows: None)
+        assert counted == tokens
+        # fp32 with sums in another order; losses are of size 10.
+        assert loss == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_the_base_is_scored_without_the_adapter_and_answers_are_counted(
+    setting: tuple[Config, PreparedData, LoadedModel],
+) -> None:
+    config, data, loaded = setting
+    found = compare(config, data, loaded)
+    assert found is not None
+    with loaded.model.disable_adapter():
+        alone, _ = held_out_loss(loaded.model, data.held_out, 0, lambda done, rows: None)
+    assert found.base.loss == pytest.approx(alone)
+    assert abs(found.tuned.loss - found.base.loss) > 1e-3
+    assert found.rows == found.answered == 7
+    assert found.base.exact_match is not None
+    assert 0 <= found.base.exact_match <= 1
+    assert len(found.samples) == 2
+    assert found.as_dict()["base"]["perplexity"] == pytest.approx(math.exp(found.base.loss))
+
+
+def test_nothing_held_out_is_nothing_compared(
+    tmp_path: Path, setting: tuple[Config, PreparedData, LoadedModel]
+) -> None:
+    config = tiny_config(tmp_path, evaluation={"split": 0})
+    assert compare(config, prepared(config), setting[2]) is None
+
+
+def test_a_loss_beyond_all_bounds_has_an_infinite_perplexity() -> None:
+    assert Score(1000.0).perplexity == math.inf
