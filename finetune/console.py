@@ -6,8 +6,11 @@ a file or a pipe, JSON events with `--json`. `NO_COLOR` and `TERM=dumb` are hono
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -32,6 +35,9 @@ class Console:
         self.json_events = json_events
         # Held from the start: while libraries run, sys.stdout and sys.stderr lead into the run's log.
         self._out, self._err = sys.stdout, sys.stderr
+        if isinstance(self._out, io.TextIOWrapper):
+            # An arrow that the terminal's encoding lacks is no reason to fail; stderr is like this from the start.
+            self._out.reconfigure(errors="backslashreplace")
         self._live = False
 
     # -- where the output goes ------------------------------------------------------------------------------------
@@ -70,17 +76,16 @@ class Console:
             if self.json_events:
                 self.event("error", message=problem.message, place=problem.place, hint=problem.hint)
                 continue
-            print(f"{self.style('error:', 'red')} {problem}", file=self._err)
+            print(f"{self.style('error:', 'red')} {printable(str(problem))}", file=self._err)
             if problem.hint:
-                print(f"{self.style('hint:', 'cyan')} {problem.hint}", file=self._err)
+                print(f"{self.style('hint:', 'cyan')} {printable(problem.hint)}", file=self._err)
         self._err.flush()
 
     def event(self, kind: str, **fields: Any) -> None:
         """A machine-readable event; nothing is printed unless `--json` was given."""
         if self.json_events:
-            print(
-                json.dumps({"event": kind, **fields}, ensure_ascii=False, allow_nan=False), file=self._out, flush=True
-            )
+            text = json.dumps(finite({"event": kind, **fields}), ensure_ascii=False, allow_nan=False)
+            print(text, file=self._out, flush=True)
 
     def data(self, text: str) -> None:
         """What was asked for, on stdout, so that it can be piped."""
@@ -160,6 +165,20 @@ class Progress:
         if not self.total or not self._done:
             return None
         return (time.monotonic() - self._started) / self._done * (self.total - self._done)
+
+
+def printable(text: str) -> str:
+    """One line, with control characters spelt out: what a file holds must not move the cursor or hide an error."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+
+
+def finite(value: Any) -> Any:
+    """A value as JSON can hold it: infinities and what is not a number become null."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

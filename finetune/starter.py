@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
+from finetune.config.yaml_source import dump
+from finetune.console import printable
 from finetune.errors import ConfigError
 from finetune.runs.files import storage_errors, write_text
 
@@ -42,9 +45,10 @@ def write_starter(path: Path, data: Path | None, base: str | None) -> list[str]:
     folder = path.parent
     text = TEMPLATE.format(
         schema=os.path.relpath(Path(__file__).parent / "config" / "config.schema.json", folder),
-        path=path,
-        base=_relative(Path(base), folder) if base and Path(base).is_dir() else base or DEFAULT_BASE,
-        data=_relative(data, folder) if data is not None else "my-data.jsonl",
+        path=printable(shlex.quote(str(path))),
+        # Quoted where it has to be: a path may hold a colon or a `#`.
+        base=dump(_base(base, folder) if base is not None else DEFAULT_BASE, flow=True),
+        data=dump(_relative(data, folder) if data is not None else "my-data.jsonl", flow=True),
         format=format_,
         note=note,
     )
@@ -69,6 +73,15 @@ def _look_at(data: Path) -> tuple[str, str]:
         raise ConfigError("no such data file", place=str(data), hint=f"known endings: {', '.join(DATA_SUFFIXES)}")
     rows = list(islice(read_rows(DataSource(path=str(data.absolute()))), DETECT_ROWS))
     return detect_format(rows), f"found in the first {len(rows)} rows"
+
+
+def _base(base: str, folder: Path) -> str:
+    """A folder as the config will find it; anything else is taken for a Hub id."""
+    if Path(base).is_dir():
+        return _relative(Path(base), folder)
+    if base.startswith((".", "/", "~")):
+        raise ConfigError("no such folder", place=base, hint="name a model folder, or a Hub id: owner/name")
+    return base
 
 
 def _relative(path: Path, folder: Path) -> str:

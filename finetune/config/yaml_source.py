@@ -108,11 +108,11 @@ def parse_value(text: str) -> tuple[Any, set[Key]]:
 
 
 def dump(values: Any, *, flow: bool = False) -> str:
-    """Values as YAML that reads back as the same values, by the rules here and by YAML 1.1's."""
+    """Values as YAML that reads back as the same values, by the rules here and by YAML 1.1's; `flow`: for one line."""
     text: str = yaml.dump(
         values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000, default_flow_style=flow
     )
-    return text
+    return text.removesuffix("\n").removesuffix("\n...") if flow else text
 
 
 class _Dumper(yaml.SafeDumper):

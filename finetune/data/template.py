@@ -87,7 +87,7 @@ class ChatTemplate:
                 documents=None,
                 **self.special,
             )
-        except (TemplateRefusal, BaseError):
+        except BaseError:
             raise
         except Exception as error:  # a template is a program: it can fail in any way
             raise TemplateRefusal(_reason(error)) from error
@@ -143,8 +143,11 @@ class ChatTemplate:
         return start
 
 
-class TemplateRefusal(Exception):
+class TemplateRefusal(BaseError):
     """Why a template cannot be used for a conversation; turned into a DataError where the row's place is known."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, hint="the chat template says so: change the conversation, or give another template")
 
 
 def _reason(error: Exception) -> str:
@@ -237,8 +240,8 @@ def _environment(today: datetime.datetime) -> jinja2.Environment:
     ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    def raise_exception(message: str) -> None:
-        raise TemplateRefusal(message)
+    def raise_exception(message: Any = "") -> None:
+        raise TemplateRefusal(" ".join(str(message).split()) or "it gives no reason")
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.console import finite
 from finetune.errors import StorageError
 
 
@@ -40,7 +41,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole text file (UTF-8, `\\n` line ends) or leave the old one in place."""
     with storage_errors(path):
         partial = path.with_name(path.name + ".partial")
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+        # A name that the file system holds in another encoding is written as an escape.
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -49,8 +51,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a whole JSON file that a person can read."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write a whole JSON file that a person can read. A number that is none is written as null."""
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def sync_folder(folder: Path) -> None:

@@ -154,7 +154,7 @@ def runs_of(name: str, runs: Path) -> list[RunFolder]:
     if runs.is_dir():
         for entry in runs.iterdir():
             match = pattern.fullmatch(entry.name)
-            if match and entry.is_dir():
+            if match and entry.is_dir() and _may_be_of(name, RunFolder(entry)):
                 found.append((int(match[1] or 1), RunFolder(entry)))
     return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 
@@ -162,11 +162,22 @@ def runs_of(name: str, runs: Path) -> list[RunFolder]:
 def next_run(name: str, runs: Path) -> RunFolder:
     """A folder that does not exist yet for one more run of a config."""
     existing = runs_of(name, runs)
-    if not existing:
-        return RunFolder(runs / name)
-    last = existing[-1].name
-    number = int(last[len(name) + 1 :]) if last != name else 1
-    return RunFolder(runs / f"{name}-{number + 1}")
+    last = existing[-1].name if existing else None
+    number = 0 if last is None else 1 if last == name else int(last[len(name) + 1 :])
+    while True:
+        number += 1
+        run = RunFolder(runs / (name if number == 1 else f"{name}-{number}"))
+        if not run.path.exists():
+            return run
+
+
+def _may_be_of(name: str, run: RunFolder) -> bool:
+    """Whether a run is of the config of this name: `legal-2` may be the second of `legal` or the first of `legal-2`."""
+    try:
+        config = run.read_manifest().get("config_path")
+    except RunError:
+        return True
+    return not isinstance(config, str) or Path(config).stem == name
 
 
 def open_run(path: Path, runs: Path = DEFAULT_RUNS) -> RunFolder:

@@ -113,6 +113,6 @@ def _with_sources(loaded: LoadedConfig) -> str:
                 value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
             text = dump(value, flow=True)
-            shown.append((f"{key}: {text.removesuffix(chr(10)).removesuffix(chr(10) + '...')}", source))
+            shown.append((f"{key}: {text}", source))
     width = min(max(len(line) for line, _ in shown), 60)
     return "\n".join(f"{line:<{width}}  # {source}" for line, source in shown)
