@@ -88,9 +88,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     settings = _read_json(folder / "tokenizer_config.json")
-    if str(settings.get("tokenizer_class", "")).startswith("Qwen2Tokenizer") and backend.normalizer is None:
-        # transformers gives this class an NFC normaliser even where the file has none.
-        backend.normalizer = tokenizers.normalizers.NFC()
+    _as_transformers_loads_it(backend, settings)
     special: dict[str, str] = {}
     for name in SPECIAL_NAMES:
         value = settings.get(name)
@@ -98,6 +96,26 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         if isinstance(content, str):
             special[name] = content
     return Tokenizer(backend, special, _chat_template(folder, settings), folder)
+
+
+def _as_transformers_loads_it(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
+    """Some of transformers' classes (5.23) overrule parts of tokenizer.json; whoever runs the model gets theirs.
+
+    Qwen2Tokenizer normalises to NFC. LlamaTokenizer (Llama 2, TinyLlama, Mistral) puts a space before the whole text
+    where `legacy` is false or not set, and after every special token where it is true, whatever the file says.
+    """
+    from tokenizers import normalizers, pre_tokenizers
+
+    name = str(settings.get("tokenizer_class", "")).removesuffix("Fast")
+    if name == "Qwen2Tokenizer" and backend.normalizer is None:
+        backend.normalizer = normalizers.NFC()
+    if name == "LlamaTokenizer":
+        prepend = "always" if settings.get("legacy") else "first"
+        if settings.get("add_prefix_space") is False:
+            prepend = "never"
+        # The library's stubs say that None is not allowed here, but it is how a normalizer is taken away.
+        backend.normalizer = None  # type: ignore[assignment,unused-ignore]
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=prepend, split=False)
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:

@@ -72,7 +72,7 @@ def merge(
 
     base       folder with config.json and 16- or 32-bit safetensors weights
     adapter    folder as PEFT saves it
-    tokenizer  folder whose tokenizer files and chat template are copied
+    tokenizer  folder whose tokenizer files, chat template and generation_config.json are copied
     dtype      of the merged floating-point tensors; None keeps each tensor's own
 
     The weights are the same bits as PEFT's `merge_and_unload()` gives for a base loaded in that dtype.
@@ -109,8 +109,11 @@ def merge(
                 hint="merge in float32 to see whether anything was learned",
             )
         write_text(folder / "config.json", json.dumps(_merged_config(config, planned), indent=2) + "\n")
-        if (base / "generation_config.json").is_file():
-            copy_file(base / "generation_config.json", folder / "generation_config.json")
+        # The run's own says which tokens end an answer under the template it was trained with.
+        for source in (tokenizer, base):
+            if (source / "generation_config.json").is_file():
+                copy_file(source / "generation_config.json", folder / "generation_config.json")
+                break
         for file in files:
             copy_file(file, folder / file.name)
     return MergeReport(out, len(changes), len(planned) - len(changes), writer.total_bytes, time.monotonic() - started)
