@@ -245,6 +245,10 @@ def _read_text(path: Path, shown: str) -> str:
             raise ConfigError(
                 "this is a folder, not a config", place=shown, hint=f"try one of {shown.rstrip('/')}/*.yaml"
             )
+        if path.is_file() and path.suffix.lower() in (".jsonl", ".csv", ".parquet"):
+            raise ConfigError(
+                "this is data, not a config", place=shown, hint=f"`ft init --data {shown}` writes a config for it"
+            )
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(
                 "this file is too large to be a config", place=shown, hint="name the YAML file, not the data or weights"

@@ -167,6 +167,15 @@ def test_a_data_file_named_by_mistake(faults: Faults) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.CSV", "rows.parquet"])
+def test_data_in_place_of_a_config(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"prompt": "a"}\n')
+    with pytest.raises(ConfigError) as caught:
+        read_document(tmp_path / name, name)
+    assert str(caught.value) == f"{name}: this is data, not a config"
+    assert caught.value.problems[0].hint == f"`ft init --data {name}` writes a config for it"
+
+
 @pytest.mark.parametrize(
     ("line", "tag"),
     [
