@@ -150,7 +150,7 @@ def _choose_run(loaded: LoadedConfig, runs: Path, fresh: bool) -> RunFolder:
         raise RunError(
             f"this run was {what} with other settings: {', '.join(changed)}",
             place=str(run.path),
-            hint=f"--fresh starts a new run in {next_run(loaded.name, runs).path}; or undo the change to go on with this one",
+            hint=f"--fresh starts a new run in {next_run(loaded.name, runs).path}; undo the change to go on with this one",
         )
     return run
 
@@ -187,8 +187,9 @@ def _train_and_evaluate(
     for what, why in choices.items():
         if what in ("compute", "gradient_checkpointing"):
             console.say(f"      {what.replace('_', ' ')}: {why}")
+    train = config.train
     console.say(
-        f"training: {steps:,} steps of {config.train.micro_batch_size} × {config.train.gradient_accumulation_steps} sequences"
+        f"training: {steps:,} steps of {train.micro_batch_size} × {train.gradient_accumulation_steps} sequences"
     )
     trained = run_training(config, data, loaded, run, console)
     console.say(
@@ -315,9 +316,8 @@ def merge(run: RunFolder, console: Console) -> None:
             dtype=None,
             on_tensor=_tensor_progress(progress),
         )
-    console.say(
-        f"merged: {run.merged} ({size(report.nbytes)}; {report.merged} of {report.merged + report.copied} tensors changed)"
-    )
+    tensors = report.merged + report.copied
+    console.say(f"merged: {run.merged} ({size(report.nbytes)}; {report.merged} of {tensors} tensors changed)")
 
 
 QUANTS = ("f32", "f16", "bf16", "q8_0")

@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("datasets", "base"), help="make only this part")
     parser.add_argument("--seed", type=int, default=7, help="seed of all texts and weights")
     parser.add_argument("--documents", type=int, default=40_000, help="documents of pre-training text")
-    parser.add_argument("--threads", type=int, default=2, help="processor threads of the pre-training")
+    parser.add_argument("--threads", type=int, default=1, help="processor threads of the pre-training")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     if options.only != "base":

@@ -144,7 +144,7 @@ def pretrain(model: Any, tokens: torch.Tensor, weights: torch.Tensor, seed: int,
         loss_of_each = cross_entropy(logits, tokens[rows][:, 1:].flatten(), reduction="none")
         weight_of_each = weights[rows][:, 1:].flatten()
         loss = (loss_of_each * weight_of_each).sum() / weight_of_each.sum()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

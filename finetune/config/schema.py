@@ -155,8 +155,8 @@ class Train(Section):
     """Seeds the adapter's initialisation, the order of the rows, the held-out split and dropout."""
 
     save_every: PositiveInt | None = None
-    """Write a checkpoint every so many optimizer steps. Not given: ten times over the run, but not more often than every
-    25 steps."""
+    """Write a checkpoint every so many optimizer steps. Not given: ten times over the run, but at most every 25
+    steps."""
 
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """How many of the newest checkpoints are kept. Two, so that one that turns out damaged does not cost the run."""
