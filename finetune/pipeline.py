@@ -150,7 +150,7 @@ def _choose_run(loaded: LoadedConfig, runs: Path, fresh: bool) -> RunFolder:
         raise RunError(
             f"this run was {what} with other settings: {', '.join(changed)}",
             place=str(run.path),
-            hint=f"--fresh starts a new run in {next_run(loaded.name, runs).path}; undo the change to go on with this one",
+            hint=f"--fresh starts {next_run(loaded.name, runs).path}; undo the change to go on with this run",
         )
     return run
 

@@ -122,7 +122,7 @@ def test_init_without_data_says_where_to_put_it(run_ft: RunFt, tmp_path: Path) -
     assert run_ft("check", "configs/my-model.yaml", cwd=tmp_path).code == 0
 
 
-@pytest.mark.parametrize("name", ["my data #1.jsonl", "a: b.jsonl", "it's {x} [1].jsonl", "données 日本.jsonl"])
+@pytest.mark.parametrize("name", ["a: b #1.jsonl", "it's {x} [1] 日本.jsonl"])
 def test_init_with_a_name_that_yaml_would_misread(run_ft: RunFt, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"text": "a"}\n')
     assert run_ft("init", "c.yaml", "--data", name, cwd=tmp_path).code == 0

@@ -193,7 +193,7 @@ def _parquet(path: Path, shown: str) -> Iterator[Row]:
 
 def _hub(source: DataSource) -> Iterator[Row]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     try:
         dataset = load_dataset(source.path, split=source.split, revision=source.revision)
@@ -203,8 +203,8 @@ def _hub(source: DataSource) -> Iterator[Row]:
             place=source.path,
             hint="check the name (owner/name); for a private one, `hf auth login` first",
         ) from error
-    except (ValueError, OSError) as error:
-        reason = str(error).split("\n")[0]
+    except (DatasetsError, ValueError, OSError, RuntimeError) as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise DataError(
             f"cannot be loaded: {reason}",
             place=source.path,

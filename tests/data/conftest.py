@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import tokenizers
 from finetune.config.schema import Config, DataSource
 from finetune.data.prepare import PreparedData, prepare
 from finetune.data.read import read_rows
+from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import DataError
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -33,6 +35,17 @@ def byte_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "config.json").write_text('{"model_type": "llama"}')
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tokenizers_load_once() -> Iterator[None]:
+    """A vocabulary of 150,000 entries takes a second to load, and nothing that uses a tokenizer changes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune.data.prepare.load_tokenizer", cached_tokenizer)
+        yield
+
+
+cached_tokenizer = functools.cache(load_tokenizer)
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import pytest
 
 from finetune.data.formats import Message
 from finetune.data.template import ChatTemplate, TemplateRefusal, choose_template
-from finetune.data.tokenizer import load_tokenizer
+
+from .conftest import cached_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -86,7 +87,7 @@ def test_every_template_shows_its_answers_or_says_why_not(templates: list[ChatTe
     ],
 )
 def test_the_ids_are_those_of_transformers(assets: Path, folder: str, name: str | None) -> None:
-    tokenizer = load_tokenizer(assets / folder)
+    tokenizer = cached_tokenizer(assets / folder)
     if name and name.endswith(".jinja"):
         name = str(assets / "chat_templates" / name)
     template = choose_template(name, tokenizer, datetime.datetime.now())

@@ -253,6 +253,23 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows:
     assert read(write_rows(path, rows)) == rows
 
 
+@pytest.mark.parametrize("name", ["DatasetGenerationError", "DatasetNotFoundError", "DefunctDatasetError"])
+@pytest.mark.filterwarnings("default")
+def test_a_dataset_on_the_hub_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise getattr(datasets.exceptions, name)("first line\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError) as caught:
+        list(read_rows(DataSource(path="owner/rows")))
+    (problem,) = caught.value.problems
+    assert problem.place == "owner/rows"
+    assert problem.hint
+    assert "second line" not in problem.message
+
+
 def test_real_files(assets: Path) -> None:
     def count(name: str) -> int:
         return len(read(assets / "data" / name))
