@@ -254,7 +254,6 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows:
 
 
 @pytest.mark.parametrize("name", ["DatasetGenerationError", "DatasetNotFoundError", "DefunctDatasetError"])
-@pytest.mark.filterwarnings("default")
 def test_a_dataset_on_the_hub_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     datasets = pytest.importorskip("datasets")
 
