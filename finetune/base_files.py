@@ -81,7 +81,7 @@ def _folder(config: Config, patterns: list[str]) -> Path:
         raise BaseError(
             "there is no such model on the Hub, or it is private",
             place=config.base,
-            hint="check the name (owner/name); for a private model, `hf auth login` first",
+            hint="check the name (owner/name; a folder begins with ./); for a private model, `hf auth login` first",
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise BaseError(

@@ -147,6 +147,17 @@ def test_check_shows_every_value_and_where_it_was_written(run_ft: RunFt, folder:
     assert all(isinstance(yaml.safe_load(line), dict) for line in result.stdout.splitlines())
 
 
+def test_errors_for_programs(run_ft: RunFt, folder: Path) -> None:
+    result = run_ft("data", "d.yaml", "--json", cwd=folder)
+    assert (result.code, result.stderr) == (2, "")
+    assert json.loads(result.stdout) == {
+        "event": "error",
+        "message": "no such file",
+        "place": "d.yaml",
+        "hint": "`ft init` writes a new config",
+    }
+
+
 # -- config -------------------------------------------------------------------------------------------------------
 
 
