@@ -345,7 +345,7 @@ def export(run: RunFolder, to: str, quant: str, console: Console) -> None:
         report = convert(run.merged, path, quant=quant, name=run.name, on_tensor=_tensor_progress(progress))  # type: ignore[arg-type]
         write_text(run.gguf / "Modelfile", modelfile(path.name, stop=report.stop))
     for note in report.notes:
-        console.warn(note)
+        console.say(f"note: {note}")
     console.say(f"wrote {path} ({size(report.nbytes)}) and {run.gguf / 'Modelfile'}")
     console.say(f"next: `ollama create {run.name} -f {run.gguf / 'Modelfile'}`, or `ft chat {run.path}`")
 
