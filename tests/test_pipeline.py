@@ -121,6 +121,18 @@ def test_a_killed_run_goes_on_to_the_same_adapter(finished: Path, tmp_path: Path
     assert adapter_bytes(run) == adapter_bytes(finished / "runs" / "tiny")
 
 
+def test_a_learning_rate_that_blows_up_stops_the_run_and_leaves_no_adapter(tmp_path: Path, run_ft: RunFt) -> None:
+    write_config(tmp_path)
+    result = run_ft("train", "tiny.yaml", "-s", "train.learning_rate=1e30", cwd=tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    assert result.code == 1
+    assert "error: the loss is no longer a finite number at step" in result.stderr
+    assert "hint: lower train.learning_rate" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (run / "adapter").exists()
+    assert json.loads((run / "manifest.json").read_text("utf-8"))["state"] == "failed"
+
+
 def test_a_second_process_in_the_same_run_is_refused(tmp_path: Path, run_ft: RunFt) -> None:
     from finetune.runs.folder import RunFolder
 
