@@ -18,6 +18,10 @@ TRAINING = SAMPLES / "contract-clauses.jsonl"
 HELDOUT = SAMPLES / "contract-clauses-heldout.jsonl"
 
 
+sys.path.insert(0, str(SAMPLES))
+from pretraining_text import THINGS  # noqa: E402 - the samples' scripts are no package
+
+
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -101,7 +105,12 @@ def test_the_base_answers_what_it_was_pretrained_for_and_no_clause_type(tokenize
         output = model.generate(**prompt, max_new_tokens=12)
         return str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
-    assert answer("What is a heron?") == "A bird."
+    # A million parameters remember the form of an answer better than facts: of 48 things, the base gave 45 a kind and
+    # 18 the right one (chance: 7) when it was made.
+    kinds = {thing: kind for kind, things in THINGS.items() for thing in things}
+    told = {thing: answer(f"What is a{'n' if thing[0] in 'aeo' else ''} {thing}?").lower() for thing in kinds}
+    assert sum(said.rstrip(".") in THINGS for said in told.values()) >= 40
+    assert sum(said.rstrip(".") == kinds[thing] for thing, said in told.items()) >= 12
     names = {name for _, name in clauses(HELDOUT)}
     for row in rows(HELDOUT)[:12]:
         assert answer(row["messages"][0]["content"]) not in names
