@@ -90,7 +90,7 @@ def check(
       ft check configs/legal-llama3-8b.yaml
       ft check configs/legal-llama3-8b.yaml --show -s lora.rank=32
     """
-    from finetune.pipeline import check as run_check
+    from finetune.overview import check as run_check
 
     run_check(config, overrides or [], console, show=show)
 
@@ -111,7 +111,7 @@ def data(
       ft data configs/quickstart.yaml --row 17 --rows 1
     """
     console.json_events = json_output
-    from finetune.pipeline import show_data
+    from finetune.overview import show_data
 
     show_data(config, overrides or [], console, first=row, count=rows)
 
@@ -199,7 +199,7 @@ def merge(run: RunArgument) -> None:
     Example:
       ft merge runs/quickstart
     """
-    from finetune.pipeline import merge as run_merge
+    from finetune.delivery import merge as run_merge
     from finetune.runs.folder import finished_run
 
     run_merge(finished_run(run), console)
@@ -220,7 +220,7 @@ def export(
       ft export runs/quickstart --to gguf --quant q8_0
       ft export runs/quickstart --to hf
     """
-    from finetune.pipeline import export as run_export
+    from finetune.delivery import export as run_export
     from finetune.runs.folder import finished_run
 
     run_export(finished_run(run), to, quant, console)
@@ -235,7 +235,7 @@ def runs(runs: RunsOption = RUNS, json_output: JsonOption = False) -> None:
       ft runs
     """
     console.json_events = json_output
-    from finetune.pipeline import show_runs
+    from finetune.overview import show_runs
 
     show_runs(runs, console)
 
@@ -293,10 +293,13 @@ def main() -> None:
         console.error(error)
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "ft"
+        console.error(FinetuneError(error.format_message(), hint=f"`{command} --help` shows how it is used"))
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        console.say("interrupted: the same command goes on from the last checkpoint")
+        training = "train" in sys.argv[1:2]
+        console.say("interrupted" + (": the same command goes on from the last checkpoint" if training else ""))
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output left (`ft runs | head`); there is nobody to tell.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -16,7 +15,7 @@ from finetune.config.load import LoadedConfig, load
 from finetune.config.schema import Config
 from finetune.console import Console, duration, size
 from finetune.data.prepare import PreparedData, prepare
-from finetune.errors import ConfigError, FinetuneError, RunError
+from finetune.errors import RunError
 from finetune.model.adapter import check_targets
 from finetune.runs.files import write_json, write_text
 from finetune.runs.folder import RunFolder, next_run, runs_of
@@ -46,7 +45,7 @@ def train(path: Path, overrides: Sequence[str], runs: Path, console: Console, *,
     # Everything that can be wrong with the input is found before anything is written and before torch is loaded.
     check_tracking(loaded.config)
     folder = small_files(loaded.config)
-    check_targets(loaded.config, folder)
+    check_targets(loaded.config, folder, loaded.place("lora.targets"))
     data = prepare_shown(loaded.config, folder, console)
     run.create()
     with run.lock():
@@ -91,7 +90,9 @@ def evaluate(run: RunFolder, console: Console) -> Comparison | None:
 
 def config_of(run: RunFolder) -> Config:
     """The resolved config that a run was made with."""
-    return load(run.resolved).config
+    if not run.resolved.is_file():
+        raise RunError("this run has no resolved.yaml", place=str(run.path), hint="restore it, or train with --fresh")
+    return load(run.resolved, references=False).config
 
 
 def prepare_shown(config: Config, folder: Path, console: Console) -> PreparedData:
@@ -243,132 +244,3 @@ def one_line(text: str, width: int = 100) -> str:
     """A text on one line, cut to a width."""
     flat = " ".join(text.split())
     return flat if len(flat) <= width else flat[: width - 1] + "…"
-
-
-def describe_run(run: RunFolder) -> list[str]:
-    """A run's line in `ft runs`: name, state, base, loss before and after."""
-    try:
-        manifest = run.read_manifest()
-    except FinetuneError:
-        return [run.name, "damaged", "", "", "", ""]
-    scores: dict[str, Any] = {}
-    if run.evaluation.is_file():
-        try:
-            scores = json.loads(run.evaluation.read_text("utf-8"))
-        except (OSError, ValueError):
-            scores = {}
-
-    def score(who: str) -> str:
-        value = scores.get(who, {}).get("loss")
-        return f"{value:.4f}" if isinstance(value, float) else "–"
-
-    artifacts = [name for name in ("adapter", "merged", "gguf") if (run.path / name).is_dir()]
-    base = str(manifest.get("base", "")).rstrip("/").rpartition("/")[2]
-    return [run.name, str(manifest.get("state", "?")), base, score("base"), score("tuned"), " ".join(artifacts)]
-
-
-def check(path: Path, overrides: Sequence[str], console: Console, *, show: bool) -> None:
-    """`ft check`: the config, its files and the first rows of its data; no torch, no network."""
-    from itertools import islice
-
-    from finetune.config.schema import is_local_base, is_local_data
-    from finetune.data.formats import convert, detect_format
-    from finetune.data.prepare import DETECT_ROWS
-    from finetune.data.read import read_rows, shown_path
-
-    loaded = load(path, overrides)
-    config = loaded.config
-    if is_local_base(config.base):
-        check_targets(config, Path(config.base))
-    for source in config.data:
-        if not is_local_data(source.path):
-            continue
-        rows = list(islice(read_rows(source), DETECT_ROWS))
-        format_ = detect_format(rows) if source.format == "auto" else source.format
-        for row in rows:
-            convert(row, format_)
-        console.say(f"{shown_path(Path(source.path))}: {format_}, by its first {len(rows)} rows")
-    if show:
-        console.data(resolved_yaml(loaded, sources=True))
-    console.say(f"{path} is valid")
-
-
-def show_data(path: Path, overrides: Sequence[str], console: Console, *, first: int, count: int) -> None:
-    """`ft data`: the account of all rows, and some of them as the model will see them."""
-    from finetune.data.inspect import show_rows
-
-    config = load(path, overrides).config
-    data = prepare_shown(config, small_files(config), console)
-    show_rows(data, config, console, first=first, count=count)
-
-
-def merge(run: RunFolder, console: Console) -> None:
-    """`ft merge`: base + adapter in 16 bit, into the run folder."""
-    from finetune.export.merge import merge as run_merge
-
-    config = config_of(run)
-    with logged(run.log), console.progress("merging", unit="tensors") as progress:
-        report = run_merge(
-            weight_files(config),
-            run.adapter,
-            run.merged,
-            tokenizer=run.adapter,
-            dtype=None,
-            on_tensor=_tensor_progress(progress),
-        )
-    tensors = report.merged + report.copied
-    console.say(f"merged: {run.merged} ({size(report.nbytes)}; {report.merged} of {tensors} tensors changed)")
-
-
-QUANTS = ("f32", "f16", "bf16", "q8_0")
-
-
-def export(run: RunFolder, to: str, quant: str, console: Console) -> None:
-    """`ft export`: a folder for transformers, or a GGUF file with its Modelfile."""
-    if to not in ("hf", "gguf"):
-        raise ConfigError(f"--to is hf or gguf, not {to!r}", hint=f"`ft export {run.path} --to gguf`")
-    if to == "gguf" and quant not in QUANTS:
-        raise ConfigError(f"--quant is one of {', '.join(QUANTS)}, not {quant!r}", hint="q8_0 is the usual choice")
-    if run.merged.exists():
-        console.say(f"merged: {run.merged} (from before)")
-    else:
-        merge(run, console)
-    if to == "hf":
-        console.say(f"next: {run.merged} loads with transformers and vLLM")
-        return
-    from finetune.export.gguf.convert import convert
-    from finetune.export.runtimes import modelfile
-
-    path = run.gguf / f"{run.name}-{quant}.gguf"
-    with logged(run.log), console.progress("writing", unit="tensors") as progress:
-        run.gguf.mkdir(exist_ok=True)
-        report = convert(run.merged, path, quant=quant, name=run.name, on_tensor=_tensor_progress(progress))  # type: ignore[arg-type]
-        write_text(run.gguf / "Modelfile", modelfile(path.name, stop=report.stop))
-    for note in report.notes:
-        console.say(f"note: {note}")
-    console.say(f"wrote {path} ({size(report.nbytes)}) and {run.gguf / 'Modelfile'}")
-    console.say(f"next: `ollama create {run.name} -f {run.gguf / 'Modelfile'}`, or `ft chat {run.path}`")
-
-
-def _tensor_progress(progress: Any) -> Any:
-    def show(done: int, total: int, name: str) -> None:
-        progress.total = total
-        progress.update(done, name)
-
-    return show
-
-
-def show_runs(runs: Path, console: Console) -> None:
-    """`ft runs`."""
-    from finetune.runs.folder import list_runs
-
-    found = list_runs(runs)
-    if console.json_events:
-        for run in found:
-            console.event("run", name=run.name, path=str(run.path), **run.read_manifest())
-        return
-    if not found:
-        console.say(f"no runs in {runs}/ yet; `ft train CONFIG` makes one")
-        return
-    header = ["run", "state", "base", "loss before", "after", "artifacts"]
-    console.table(header, [describe_run(run) for run in found], stdout=True)

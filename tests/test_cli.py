@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,14 +88,18 @@ def test_a_command_line_that_makes_no_sense(run_ft: RunFt, arguments: str) -> No
     assert "--help" in result.stderr
 
 
+def test_a_command_line_error_has_the_form_of_all_errors(run_ft: RunFt) -> None:
+    result = run_ft("train", "a.yaml", "--nope")
+    assert result.stderr == "error: No such option '--nope'.\nhint: `ft train --help` shows how it is used\n"
+
+
 # -- init and check -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "rows.jsonl").write_text('{"question": "Why?", "answer": "So."}\n' * 20)
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')
+    shutil.copytree(Path(__file__).parents[1] / "data" / "samples" / "quickstart-base", tmp_path / "base")
     return tmp_path
 
 
@@ -210,3 +215,38 @@ def test_runs_are_listed_also_beside_a_damaged_one(run_ft: RunFt, tmp_path: Path
     assert header[:2] == ["run", "state"]
     assert broken == ["broken", "damaged"]
     assert legal == ["legal", "finished", "llama", "2.5000", "1.2500"]
+
+
+def test_check_looks_at_the_base_and_at_the_held_out_rows(run_ft: RunFt, folder: Path) -> None:
+    (folder / "held.jsonl").write_text('{"question": "Why?", "answer": ""}\n')
+    lines = ["base: ./base", "data: [{path: rows.jsonl}]", "evaluation: {path: held.jsonl}"]
+    (folder / "c.yaml").write_text("\n".join(lines) + "\n")
+    result = run_ft("check", "c.yaml", cwd=folder)
+    assert result.code == 2
+    assert "error: held.jsonl:1: answer is empty where text is expected" in result.stderr
+    (folder / "held.jsonl").write_text('{"question": "Why?", "answer": "So."}\n')
+    (folder / "base" / "chat_template.jinja").unlink()
+    result = run_ft("check", "c.yaml", cwd=folder)
+    assert result.code == 2
+    assert "the base has no chat template" in result.stderr
+
+
+def test_runs_names_what_is_damaged_and_lists_the_rest(run_ft: RunFt, tmp_path: Path) -> None:
+    for name, manifest, evaluation in (
+        ("good", '{"state": "finished", "base": "a/b"}', '{"base": {"loss": 2.0}, "tuned": {"loss": 1.0}}'),
+        ("odd", '{"state": "finished", "base": "a/b"}', "[1]"),
+        ("torn", '{"state": ', "{}"),
+    ):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "manifest.json").write_text(manifest)
+        (tmp_path / "runs" / name / "evaluation.json").write_text(evaluation)
+    shown = run_ft("runs", cwd=tmp_path)
+    assert shown.code == 0, shown.stderr
+    words = [line.split() for line in shown.stdout.splitlines()[1:]]
+    assert words == [
+        ["good", "finished", "b", "2.0000", "1.0000"],
+        ["odd", "finished", "b", "–", "–"],
+        ["torn", "damaged"],
+    ]
+    events = [json.loads(line) for line in run_ft("runs", "--json", cwd=tmp_path).stdout.splitlines()]
+    assert [event["state"] for event in events] == ["finished", "finished", "damaged"]

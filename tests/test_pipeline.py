@@ -170,3 +170,14 @@ def test_wandb_without_a_login_is_an_error_and_never_a_question(
     with pytest.raises(MissingExtraError):
         check_tracking(config)
     check_tracking(config.model_copy(update={"tracking": "none"}))
+
+
+def test_a_run_outlives_its_data(finished: Path, tmp_path: Path, run_ft: RunFt) -> None:
+    import shutil
+
+    shutil.copytree(finished / "runs" / "tiny", tmp_path / "moved")
+    resolved = tmp_path / "moved" / "resolved.yaml"
+    resolved.write_text(resolved.read_text("utf-8").replace("rows.jsonl", "gone.jsonl"), "utf-8")
+    result = run_ft("export", tmp_path / "moved", "--to", "hf")
+    assert result.code == 0, result.stderr
+    assert (tmp_path / "moved" / "merged" / "model.safetensors").is_file()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def check_targets(config: Config, folder: Path) -> None:
+def check_targets(config: Config, folder: Path, place: str | None = None) -> None:
     """Every name in `lora.targets` must be a layer of the base. Reads tensor names only, so it needs no torch.
 
     Does nothing where the names are not known yet (a Hub base of one file that is not downloaded).
@@ -30,7 +30,8 @@ def check_targets(config: Config, folder: Path) -> None:
             close = get_close_matches(target, names, n=1, cutoff=0.4)
             known = ", ".join(sorted(names))
             hint = f"did you mean {close[0]}? " if close else ""
-            raise ConfigError(f"lora.targets: the base has no layer named {target}", hint=f"{hint}it has: {known}")
+            message = f"lora.targets: the base has no layer named {target}"
+            raise ConfigError(message, place=place, hint=f"{hint}it has: {known}")
 
 
 def add_adapter(config: Config, loaded: LoadedModel) -> PeftModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import importlib.metadata
 import platform
@@ -84,6 +85,11 @@ def changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = ""
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def today() -> datetime.datetime:
+    """The day that chat templates are told."""
+    return datetime.datetime.now()
 
 
 def timestamp() -> str:

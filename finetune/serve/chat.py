@@ -55,7 +55,9 @@ def talk(run: RunFolder, settings: Settings, prompt: str | None, console: Consol
 def newest_artifact(run: RunFolder, using: str) -> tuple[str, Path]:
     """The artifact that was written last (or the one that is asked for), and its kind."""
     if using not in USING:
-        raise RunError(f"--using is one of {', '.join(USING)}, not {using!r}")
+        raise RunError(
+            f"--using is one of {', '.join(USING)}, not {using!r}", hint=f"`ft chat {run.path} --using adapter`"
+        )
     candidates = [("adapter", run.adapter), ("merged", run.merged)]
     candidates += [("gguf", path) for path in run.gguf.glob("*.gguf")]
     present = [(kind, path) for kind, path in candidates if path.exists() and using in ("auto", kind)]
@@ -102,7 +104,7 @@ def _transformers(kind: str, path: Path, run: RunFolder, settings: Settings) -> 
     from finetune.model.generate import stream
     from finetune.model.hardware import detect
 
-    config = load(run.resolved).config
+    config = load(run.resolved, references=False).config
     # The adapter's own folder holds the tokenizer and the template that it was trained with.
     tokenizer = load_tokenizer(run.adapter)
     template = choose_template(None, tokenizer, datetime.datetime.now())

@@ -87,7 +87,9 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
             "mean_token_accuracy": "token_accuracy",
         }
         record: dict[str, float | int] = {"step": state.global_step}
-        record.update({ours: float(logs[theirs]) for theirs, ours in names.items() if theirs in logs})
+        values = {ours: float(logs[theirs]) for theirs, ours in names.items() if theirs in logs}
+        # JSON has no NaN; the gradient norm is one for a step that float16's loss scaling skips.
+        record.update({name: value for name, value in values.items() if math.isfinite(value)})
         if "loss" in record:
             now = time.monotonic()
             tokens = self._tokens_per_step * (state.global_step - self._last_step)

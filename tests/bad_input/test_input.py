@@ -159,8 +159,8 @@ def test_chatml_for_a_base_without_its_tokens(stories: Path, refused: Refused) -
 @pytest.mark.parametrize("command", ["check", "train"])
 def test_a_lora_target_that_does_not_exist(stories: Path, refused: Refused, command: str) -> None:
     assert refused(command, "c.yaml", "-s", "lora.targets=[q_proj, w_proj]") == (
-        "lora.targets: the base has no layer named w_proj | did you mean v_proj? it has: down_proj, gate_proj, k_proj, "
-        "o_proj, q_proj, up_proj, v_proj"
+        "-s lora.targets: lora.targets: the base has no layer named w_proj | did you mean v_proj? "
+        "it has: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     )
 
 

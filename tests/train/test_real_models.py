@@ -14,7 +14,7 @@ import yaml
 
 from finetune.config.load import load
 from finetune.console import Console
-from finetune.pipeline import export
+from finetune.delivery import export
 from finetune.pipeline import train as run_pipeline
 from finetune.runs.folder import RunFolder
 from tests.export.probes import PROBES

@@ -1,0 +1,114 @@
+"""What there is, shown without loading anything heavy: a config's validity, its data, the runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from finetune.base_files import read_model_config, small_files
+from finetune.config.load import load
+from finetune.config.schema import Config, DataSource, is_local_base, is_local_data
+from finetune.console import Console
+from finetune.data.formats import convert, detect_format
+from finetune.data.inspect import show_rows
+from finetune.data.prepare import DETECT_ROWS
+from finetune.data.read import read_rows, shown_path
+from finetune.data.template import choose_template
+from finetune.data.tokenizer import load_tokenizer
+from finetune.errors import FinetuneError
+from finetune.model.adapter import check_targets
+from finetune.pipeline import prepare_shown
+from finetune.runs.folder import RunFolder, list_runs
+from finetune.runs.manifest import resolved_yaml, today
+
+
+def check(path: Path, overrides: Sequence[str], console: Console, *, show: bool) -> None:
+    """`ft check`: the config, its files, the first rows of its data, a local base's tokenizer. No torch, no network."""
+    loaded = load(path, overrides)
+    config = loaded.config
+    chat = False
+    for source in _sources(config):
+        if is_local_data(source.path):
+            format_, rows = _check_rows(source)
+            chat = chat or format_ != "text"
+            console.say(f"{shown_path(Path(source.path))}: {format_}, by its first {rows} rows")
+    if is_local_base(config.base):
+        folder = Path(config.base)
+        read_model_config(folder)
+        check_targets(config, folder, loaded.place("lora.targets"))
+        tokenizer = load_tokenizer(folder)
+        if chat:
+            choose_template(config.chat_template, tokenizer, today())
+    if show:
+        console.data(resolved_yaml(loaded, sources=True))
+    console.say(f"{path} is valid")
+
+
+def _sources(config: Config) -> list[DataSource]:
+    held_out = config.evaluation
+    if held_out.path is None:
+        return list(config.data)
+    return [*config.data, DataSource(path=held_out.path, format=held_out.format, columns=held_out.columns)]
+
+
+def _check_rows(source: DataSource) -> tuple[str, int]:
+    """The format of a file's first rows, and how many were looked at."""
+    rows = list(islice(read_rows(source), DETECT_ROWS))
+    format_ = detect_format(rows) if source.format == "auto" else source.format
+    for row in rows:
+        convert(row, format_)
+    return format_, len(rows)
+
+
+def show_data(path: Path, overrides: Sequence[str], console: Console, *, first: int, count: int) -> None:
+    """`ft data`: the account of all rows, and some of them as the model will see them."""
+    config = load(path, overrides).config
+    data = prepare_shown(config, small_files(config), console)
+    show_rows(data, config, console, first=first, count=count)
+
+
+def show_runs(runs: Path, console: Console) -> None:
+    """`ft runs`: every run with its state and its loss before and after; a damaged one is named, not fatal."""
+    found = list_runs(runs)
+    if console.json_events:
+        for run in found:
+            try:
+                console.event("run", name=run.name, path=str(run.path), **run.read_manifest())
+            except FinetuneError as error:
+                console.event("run", name=run.name, path=str(run.path), state="damaged", problem=str(error))
+        return
+    if not found:
+        console.say(f"no runs in {runs}/ yet; `ft train CONFIG` makes one")
+        return
+    header = ["run", "state", "base", "loss before", "after", "artifacts"]
+    console.table(header, [describe_run(run) for run in found], stdout=True)
+
+
+def describe_run(run: RunFolder) -> list[str]:
+    """A run's line in `ft runs`: name, state, base, loss before and after, artifacts."""
+    try:
+        manifest = run.read_manifest()
+    except FinetuneError:
+        return [run.name, "damaged", "", "", "", ""]
+    scores = _scores(run)
+    artifacts = [name for name in ("adapter", "merged", "gguf") if (run.path / name).is_dir()]
+    base = str(manifest.get("base", "")).rstrip("/").rpartition("/")[2]
+    state = str(manifest.get("state", "?"))
+    return [run.name, state, base, scores.get("base", "–"), scores.get("tuned", "–"), " ".join(artifacts)]
+
+
+def _scores(run: RunFolder) -> dict[str, str]:
+    """The losses of evaluation.json, as far as it has them."""
+    try:
+        found: Any = json.loads(run.evaluation.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    scores: dict[str, str] = {}
+    for who in ("base", "tuned"):
+        entry = found.get(who) if isinstance(found, dict) else None
+        if isinstance(entry, dict) and isinstance(entry.get("loss"), float):
+            scores[who] = f"{entry['loss']:.4f}"
+    return scores
