@@ -25,9 +25,7 @@ ROOT = Path(__file__).parent.parent
 IMPORTS = (
     "import torch, transformers; from transformers import AutoModelForCausalLM; from trl import SFTConfig, SFTTrainer"
 )
-WORDS = (
-    "the contract party shall pay notice term fee within thirty days after signing unless agreed otherwise"
-)
+WORDS = "the contract party shall pay notice term fee within thirty days after signing unless agreed otherwise"
 
 
 def write_job(folder: Path) -> Path:
