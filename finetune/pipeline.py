@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -162,6 +163,8 @@ def _train_and_evaluate(
     """Load, train, evaluate. The heavy imports happen here, inside the log."""
     console.say(f"loading {config.base}")
     began = time.monotonic()
+    # Importing makes a million objects that stay: looking for garbage among them, again and again, is wasted time.
+    gc.disable()
     from finetune.evaluate.compare import compare
     from finetune.model.base import load_base
     from finetune.model.hardware import choose_optimizer, detect, use_gradient_checkpointing
@@ -169,6 +172,8 @@ def _train_and_evaluate(
     from finetune.train.sft import train as run_training
 
     hardware = detect()
+    gc.enable()
+    gc.freeze()
     optimizer, why_optimizer = choose_optimizer(config, hardware)
     _, why_checkpointing = use_gradient_checkpointing(config, hardware)
     folder = weight_files(config)
