@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from finetune.base_files import read_model_config
 from finetune.config.schema import Config, DataSource, is_local_data
 from finetune.data.formats import Conversation, Message, convert, detect_format
 from finetune.data.pack import pack
 from finetune.data.read import read_rows, shown_path
 from finetune.data.template import ChatTemplate, TemplateRefusal, choose_template, refusal
 from finetune.data.tokenizer import Tokenizer, load_tokenizer
-from finetune.errors import DataError
+from finetune.errors import BaseError, DataError
 
 DETECT_ROWS = 100
 """How many rows decide the format. The rest must fit it, or are errors, so more would find nothing more."""
@@ -137,6 +138,7 @@ def prepare(
             place=", ".join(accounting.formats),
             hint="raise train.sequence_length, or set `on_overlong: error` in data to see how long the rows are",
         )
+    _check_against_base(train_rows + held_out_rows, base_folder)
     accounting.used, accounting.held_out = len(train_rows), len(held_out_rows)
     packs = None
     if config.train.packing:
@@ -144,6 +146,33 @@ def prepare(
         # Packs come out longest rows first; the order of training must not follow length.
         random.Random(config.train.seed).shuffle(packs)
     return PreparedData(train_rows, held_out_rows, packs, accounting, tokenizer, template)
+
+
+def _check_against_base(rows: Sequence[TokenRow], base_folder: Path) -> None:
+    """No row may be longer than the base can attend to, or hold a token that the base has no embedding for.
+
+    Either would end in an error deep inside a kernel, or in nonsense, hours later.
+    """
+    if not (base_folder / "config.json").is_file():
+        return  # a folder with a tokenizer alone
+    settings = read_model_config(base_folder)
+    settings = settings["text_config"] if isinstance(settings.get("text_config"), dict) else settings
+    positions, embeddings = settings.get("max_position_embeddings"), settings.get("vocab_size")
+    longest = max(rows, key=lambda row: len(row.ids))
+    if isinstance(positions, int) and len(longest.ids) > positions:
+        raise DataError(
+            f"has {len(longest.ids):,} tokens, but the base attends to {positions:,} at most",
+            place=longest.place,
+            hint=f"set train.sequence_length to {positions}, and say with `on_overlong` what becomes of longer rows",
+        )
+    highest = max(rows, key=lambda row: int(row.ids.max()))
+    if isinstance(embeddings, int) and int(highest.ids.max()) >= embeddings:
+        raise BaseError(
+            f"the tokenizer makes token {int(highest.ids.max()):,} of {highest.place}, but the model has only "
+            f"{embeddings:,} embeddings",
+            place=str(base_folder),
+            hint="tokenizer and weights do not belong together: take both from the same model",
+        )
 
 
 def load_source(source: DataSource, accounting: Accounting) -> list[Conversation]:
