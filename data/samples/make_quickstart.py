@@ -83,9 +83,9 @@ def make_base(folder: Path, seed: int, documents: int, threads: int) -> float:
     corpus = pretraining_text.corpus(documents, seed)
     tokenizer = tiny_base.train_tokenizer(corpus)
     model = tiny_base.build_model(tokenizer)
-    tokens, weights = tiny_base.blocks(corpus, tokenizer)
-    print(f"{len(corpus)} documents, {tokens.numel():,} tokens, {model.num_parameters():,} parameters", file=sys.stderr)
-    loss = tiny_base.pretrain(model, tokens, weights, seed)
+    rows = tiny_base.blocks(corpus, tokenizer)
+    print(f"{len(corpus)} documents, {rows.numel():,} tokens, {model.num_parameters():,} parameters", file=sys.stderr)
+    loss = tiny_base.pretrain(model, rows, seed)
     tiny_base.save(model, tokenizer, folder)
     return loss
 
@@ -96,8 +96,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE, help="folder to write to (default: beside this file)")
     parser.add_argument("--only", choices=("datasets", "base"), help="make only this part")
     parser.add_argument("--seed", type=int, default=7, help="seed of all texts and weights")
-    parser.add_argument("--documents", type=int, default=40_000, help="documents of pre-training text")
-    parser.add_argument("--threads", type=int, default=1, help="processor threads of the pre-training")
+    parser.add_argument("--documents", type=int, default=24_000, help="documents of pre-training text")
+    parser.add_argument("--threads", type=int, default=2, help="processor threads of the pre-training")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     if options.only != "base":

@@ -29,22 +29,14 @@ CHAT_TEMPLATE = (
 VOCABULARY = 1536
 CONTEXT = 512
 BLOCK = 160
-BATCH = 8
-ANSWER_WEIGHT = 4.0
-"""Answers are short: without a weight, the few tokens that show what was understood hardly count."""
+BATCH = 16
 
 
-def segments(document: Document) -> list[tuple[str, float]]:
-    """A document as the model sees it (a conversation in ChatML), cut where the weight of the loss changes."""
+def render(document: Document) -> str:
+    """A document as the model sees it: a conversation in ChatML, and the end of text behind everything."""
     if isinstance(document, str):
-        return [(document + "<|endoftext|>", 1.0)]
-    cut: list[tuple[str, float]] = []
-    for message in document:
-        weight = ANSWER_WEIGHT if message["role"] == "assistant" else 1.0
-        cut.append((f"<|im_start|>{message['role']}\n", 1.0))
-        cut.append((f"{message['content']}<|im_end|>", weight))
-        cut.append(("\n", 1.0))
-    return [*cut, ("<|endoftext|>", 1.0)]
+        return document + "<|endoftext|>"
+    return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in document) + "<|endoftext|>"
 
 
 def train_tokenizer(documents: list[Document]) -> Any:
@@ -114,36 +106,29 @@ def build_model(tokenizer: Any) -> Any:
     )
 
 
-def blocks(documents: list[Document], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """All documents end to end, cut into rows of `BLOCK` tokens, and the weight of each token's loss."""
+def blocks(documents: list[Document], tokenizer: Any) -> torch.Tensor:
+    """All documents end to end, cut into rows of `BLOCK` tokens."""
     import torch
 
-    cut = [segment for document in documents for segment in segments(document)]
-    encoded = tokenizer([text for text, _ in cut])["input_ids"]
-    tokens = torch.tensor([token for piece in encoded for token in piece])
-    weights = torch.tensor([weight for piece, (_, weight) in zip(encoded, cut, strict=True) for _ in piece])
-    whole = len(tokens) // BLOCK * BLOCK
-    return tokens[:whole].view(-1, BLOCK), weights[:whole].view(-1, BLOCK)
+    rows = tokenizer([render(document) for document in documents])["input_ids"]
+    flat = torch.tensor([token for row in rows for token in row])
+    return flat[: len(flat) // BLOCK * BLOCK].view(-1, BLOCK)
 
 
-def pretrain(model: Any, tokens: torch.Tensor, weights: torch.Tensor, seed: int, learning_rate: float = 2e-3) -> float:
-    """One pass over the rows with AdamW and a cosine schedule; the mean weighted loss of the last 50 steps."""
+def pretrain(model: Any, rows: torch.Tensor, seed: int, learning_rate: float = 3e-3) -> float:
+    """One pass over the rows with AdamW and a cosine schedule; the mean loss of the last 50 steps."""
     import torch
-    from torch.nn.functional import cross_entropy
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
-    steps, warmup, losses, started = len(tokens) // BATCH, 100, [], time.monotonic()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    steps, warmup, losses, started = len(rows) // BATCH, 100, [], time.monotonic()
     for step in range(steps):
-        rows = order[step * BATCH : (step + 1) * BATCH]
+        batch = rows[order[step * BATCH : (step + 1) * BATCH]]
         progress = max(0.0, (step - warmup) / max(1, steps - warmup))
-        rate = learning_rate * min((step + 1) / warmup, 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
+        rate = learning_rate * min((step + 1) / warmup, 0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        logits = model(input_ids=tokens[rows]).logits[:, :-1].flatten(0, 1)
-        loss_of_each = cross_entropy(logits, tokens[rows][:, 1:].flatten(), reduction="none")
-        weight_of_each = weights[rows][:, 1:].flatten()
-        loss = (loss_of_each * weight_of_each).sum() / weight_of_each.sum()
+        loss = model(input_ids=batch, labels=batch).loss
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
