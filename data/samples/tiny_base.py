@@ -121,7 +121,8 @@ def pretrain(model: Any, rows: torch.Tensor, seed: int, learning_rate: float = 3
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    steps, warmup, losses, started = len(rows) // BATCH, 100, [], time.monotonic()
+    steps, warmup, started = len(rows) // BATCH, 100, time.monotonic()
+    losses: list[float] = []
     for step in range(steps):
         batch = rows[order[step * BATCH : (step + 1) * BATCH]]
         progress = max(0.0, (step - warmup) / max(1, steps - warmup))
@@ -129,7 +130,7 @@ def pretrain(model: Any, rows: torch.Tensor, seed: int, learning_rate: float = 3
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
