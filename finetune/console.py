@@ -22,7 +22,7 @@ from finetune.errors import FinetuneError
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
 PLAIN_INTERVAL_SECONDS = 15.0
-"""How often a plain progress line is printed when stderr is not a terminal: a ten-minute run fits on one screen."""
+"""How often a plain progress line is printed at first when stderr is not a terminal."""
 
 LIVE_INTERVAL_SECONDS = 0.1
 """How often the live line is redrawn: the eye sees no more."""
@@ -137,7 +137,9 @@ class Progress:
         """`done` of the total is behind us; `detail` is shown beside the bar."""
         self._done = done
         now = time.monotonic()
-        interval = LIVE_INTERVAL_SECONDS if self._console.is_terminal else PLAIN_INTERVAL_SECONDS
+        # In a log, lines become rarer as time goes on: 20 in eight minutes, 75 in a day.
+        plain = max(PLAIN_INTERVAL_SECONDS, (now - self._started) / 10)
+        interval = LIVE_INTERVAL_SECONDS if self._console.is_terminal else plain
         if now - self._shown < interval:
             return
         self._shown = now
