@@ -10,11 +10,11 @@ from typing import Any
 
 from finetune.base_files import read_model_config, small_files
 from finetune.config.load import load
-from finetune.config.schema import Config, DataSource, is_local_base, is_local_data
+from finetune.config.schema import DataSource, is_local_base, is_local_data
 from finetune.console import Console
 from finetune.data.formats import convert, detect_format
 from finetune.data.inspect import show_rows
-from finetune.data.prepare import DETECT_ROWS
+from finetune.data.prepare import DETECT_ROWS, held_out_source
 from finetune.data.read import read_rows, shown_path
 from finetune.data.template import choose_template
 from finetune.data.tokenizer import load_tokenizer
@@ -30,8 +30,8 @@ def check(path: Path, overrides: Sequence[str], console: Console, *, show: bool)
     loaded = load(path, overrides)
     config = loaded.config
     chat = False
-    for source in _sources(config):
-        if is_local_data(source.path):
+    for source in (*config.data, held_out_source(config)):
+        if source is not None and is_local_data(source.path):
             format_, rows = _check_rows(source)
             chat = chat or format_ != "text"
             console.say(f"{shown_path(Path(source.path))}: {format_}, by its first {rows} rows")
@@ -45,13 +45,6 @@ def check(path: Path, overrides: Sequence[str], console: Console, *, show: bool)
     if show:
         console.data(resolved_yaml(loaded, sources=True))
     console.say(f"{path} is valid")
-
-
-def _sources(config: Config) -> list[DataSource]:
-    held_out = config.evaluation
-    if held_out.path is None:
-        return list(config.data)
-    return [*config.data, DataSource(path=held_out.path, format=held_out.format, columns=held_out.columns)]
 
 
 def _check_rows(source: DataSource) -> tuple[str, int]:

@@ -114,15 +114,12 @@ def prepare(
         train += [(conversation, source) for conversation in load_source(source, accounting)]
     accounting.read = len(train)
     held_out: list[tuple[Conversation, DataSource]] = []
-    if config.evaluation.path is not None:
-        source = DataSource(
-            path=config.evaluation.path, format=config.evaluation.format, columns=config.evaluation.columns
-        )
-        held_out = [(conversation, source) for conversation in load_source(source, accounting)]
+    own = held_out_source(config)
+    if own is not None:
+        held_out = [(conversation, own) for conversation in load_source(own, accounting)]
         accounting.read += len(held_out)
     else:
         train, held_out = _split(train, config.evaluation.split, config.train.seed)
-    held_out = held_out[:]
     tokenizer = load_tokenizer(base_folder)
     today = today or datetime.datetime.now()
     chat = any(conversation.text is None for conversation, _ in train + held_out)
@@ -173,6 +170,14 @@ def _check_against_base(rows: Sequence[TokenRow], base_folder: Path) -> None:
             place=str(base_folder),
             hint="tokenizer and weights do not belong together: take both from the same model",
         )
+
+
+def held_out_source(config: Config) -> DataSource | None:
+    """The source that `evaluation.path` names, or None when held-out rows are split off `data`."""
+    own = config.evaluation
+    if own.path is None:
+        return None
+    return DataSource(path=own.path, format=own.format, columns=own.columns)
 
 
 def load_source(source: DataSource, accounting: Accounting) -> list[Conversation]:
