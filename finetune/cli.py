@@ -101,6 +101,9 @@ def data(
     overrides: SetOption = None,
     row: Annotated[int, typer.Option(help="The first row to show, counted from 1.")] = 1,
     rows: Annotated[int, typer.Option(help="How many rows to show.")] = 3,
+    find: Annotated[str | None, typer.Option(metavar="TEXT", help="Show rows that hold this text.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page instead.")] = None,
+    runs: RunsOption = RUNS,
     json_output: JsonOption = False,
 ) -> None:
     """Show the data as the model will see it: what was read, what carries loss, how long it is.
@@ -109,11 +112,14 @@ def data(
     Examples:
       ft data configs/quickstart.yaml
       ft data configs/quickstart.yaml --row 17 --rows 1
+      ft data configs/quickstart.yaml --find "force majeure"
+      ft data configs/quickstart.yaml --rows 50 --html data.html
     """
     console.json_events = json_output
+    from finetune.data.inspect import Wanted
     from finetune.overview import show_data
 
-    show_data(config, overrides or [], console, first=row, count=rows)
+    show_data(config, overrides or [], runs, console, Wanted(row, rows, find, html))
 
 
 @app.command()

@@ -13,14 +13,14 @@ from finetune.config.load import load
 from finetune.config.schema import DataSource, is_local_base, is_local_data
 from finetune.console import Console
 from finetune.data.formats import convert, detect_format
-from finetune.data.inspect import show_rows
+from finetune.data.inspect import Wanted, show_rows
 from finetune.data.prepare import DETECT_ROWS, held_out_source
 from finetune.data.read import read_rows, shown_path
 from finetune.data.template import choose_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError
 from finetune.model.adapter import check_targets
-from finetune.pipeline import prepare_shown
+from finetune.pipeline import CACHE, account, prepare_shown
 from finetune.runs.folder import RunFolder, list_runs
 from finetune.runs.manifest import resolved_yaml, today
 
@@ -56,11 +56,11 @@ def _check_rows(source: DataSource) -> tuple[str, int]:
     return format_, len(rows)
 
 
-def show_data(path: Path, overrides: Sequence[str], console: Console, *, first: int, count: int) -> None:
+def show_data(path: Path, overrides: Sequence[str], runs: Path, console: Console, wanted: Wanted) -> None:
     """`ft data`: the account of all rows, and some of them as the model will see them."""
     config = load(path, overrides).config
-    data = prepare_shown(config, small_files(config), console)
-    show_rows(data, config, console, first=first, count=count)
+    data = prepare_shown(config, small_files(config), runs / CACHE, console)
+    show_rows(data, config, console, wanted, account(data))
 
 
 def show_runs(runs: Path, console: Console) -> None:

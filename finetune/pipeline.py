@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from finetune.evaluate.compare import Comparison
     from finetune.train.sft import Trained
 
+CACHE = ".data"
+"""Where prepared data is kept, below the folder of the runs: as private as they are, and gone with them."""
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -47,14 +50,14 @@ def train(path: Path, overrides: Sequence[str], runs: Path, console: Console, *,
     check_tracking(loaded.config)
     folder = small_files(loaded.config)
     check_targets(loaded.config, folder, loaded.place("lora.targets"))
-    data = prepare_shown(loaded.config, folder, console)
+    data = prepare_shown(loaded.config, folder, runs / CACHE, console)
     run.create()
     with run.lock():
         resuming = run.state is not None
         if not resuming:
             write_text(run.config, loaded.path.read_text("utf-8"))
             write_text(run.resolved, resolved_yaml(loaded))
-        run.update_manifest(**provenance(loaded), accounting=vars(data.accounting))
+        run.update_manifest(**provenance(loaded), accounting=data.accounting.as_dict())
         prepare_tracking(loaded.config, run)
         console.event("run", path=str(run.path), resuming=resuming)
         try:
@@ -79,7 +82,7 @@ def evaluate(run: RunFolder, console: Console) -> Comparison | None:
 
     config = config_of(run)
     folder = small_files(config)
-    data = prepare_shown(config, folder, console)
+    data = prepare_shown(config, folder, run.path.parent / CACHE, console)
     with logged(run.log), console.progress("evaluating") as progress:
         loaded = load_base(config, weight_files(config), detect())
         loaded = LoadedModel(load_adapter(loaded, run.adapter), loaded.hardware)
@@ -96,37 +99,45 @@ def config_of(run: RunFolder) -> Config:
     return load(run.resolved, references=False).config
 
 
-def prepare_shown(config: Config, folder: Path, console: Console) -> PreparedData:
+def prepare_shown(config: Config, folder: Path, cache: Path, console: Console) -> PreparedData:
     """Prepare the data, with progress and an account of what was read."""
     with console.progress("tokenising", unit="rows") as progress:
-
-        def show(done: int, total: int) -> None:
-            progress.total = total
-            progress.update(done)
-
-        data = prepare(config, folder, on_progress=show)
+        data = prepare(config, folder, cache=cache, on_progress=progress.update)
     for line in account(data):
         console.say(line)
     return data
 
 
 def account(data: PreparedData) -> list[str]:
-    """Where the rows went, in a line or two."""
+    """Where the rows went and what was found on the way, in a few lines."""
     accounting = data.accounting
     formats = ", ".join(f"{name} ({format_})" for name, format_ in accounting.formats.items())
     share = data.supervised_tokens / max(data.tokens, 1)
+    known = ", prepared before" if data.cached else ""
+    lost = f"which lost {accounting.lost_supervised_tokens:,} tokens with loss"
     lines = [
-        f"data: {accounting.read:,} rows from {formats}",
+        f"data: {accounting.read:,} rows from {formats}{known}",
         f"      {accounting.used:,} to train on in {data.sequences:,} sequences "
         f"({data.tokens:,} tokens, {share:.0%} with loss), {accounting.held_out:,} held out",
     ]
+    if accounting.template is not None and "; " in accounting.template:
+        lines.append(f"      chat template {accounting.template}")
     for reason, count in accounting.dropped.items():
         lines.append(f"      {count:,} dropped: {reason} (the first: {accounting.first_dropped[reason]})")
     if accounting.truncated:
-        lost = accounting.lost_supervised_tokens
+        lines.append(f"      {accounting.truncated:,} cut to train.sequence_length, {lost}")
+    if accounting.split:
+        lines.append(f"      {accounting.split:,} split to fit train.sequence_length, {lost}")
+    exact, near = accounting.exact_duplicates, accounting.near_duplicates
+    if exact or near:
+        first = accounting.first_duplicate
+        lines.append(f"      {exact:,} repeat an earlier row exactly, {near:,} nearly (the first: {first})")
+    if accounting.leaked:
         lines.append(
-            f"      {accounting.truncated:,} cut to train.sequence_length, which lost {lost:,} tokens with loss"
+            f"      {accounting.leaked:,} held-out rows are also trained on, as allowed: their loss says little"
         )
+    for kind, count in accounting.found.items():
+        lines.append(f"      {count:,} with {kind} (the first: {accounting.first_found[kind]})")
     return lines
 
 

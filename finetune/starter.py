@@ -64,14 +64,17 @@ def write_starter(path: Path, data: Path | None, base: str | None) -> list[str]:
 def _look_at(data: Path) -> tuple[str, str]:
     from itertools import islice
 
-    from finetune.config.schema import DATA_SUFFIXES, DataSource
+    from finetune.config.files import KNOWN_ENDINGS, is_pattern
+    from finetune.config.schema import DataSource, data_kind
     from finetune.data.formats import detect_format
     from finetune.data.prepare import DETECT_ROWS
     from finetune.data.read import read_rows
 
-    if not data.is_file() or data.suffix.lower() not in DATA_SUFFIXES:
-        raise ConfigError("no such data file", place=str(data), hint=f"known endings: {', '.join(DATA_SUFFIXES)}")
-    rows = list(islice(read_rows(DataSource(path=str(data.absolute()))), DETECT_ROWS))
+    path = os.path.abspath(data)
+    several = os.path.isdir(path) or is_pattern(path)
+    if not several and (not os.path.isfile(path) or data_kind(path) is None):
+        raise ConfigError("no such data file", place=str(data), hint=KNOWN_ENDINGS)
+    rows = list(islice(read_rows(DataSource(path=path)), DETECT_ROWS))
     return detect_format(rows), f"found in the first {len(rows)} rows"
 
 

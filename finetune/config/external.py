@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
+from finetune.config.files import KNOWN_ENDINGS, is_pattern, source_files
 from finetune.config.problems import dotted_key, nearest_place
-from finetune.config.schema import DATA_SUFFIXES, Config, is_local_base, is_local_data
+from finetune.config.schema import DATA_SUFFIXES, Config, data_kind, is_local_base, is_local_data
 from finetune.config.yaml_source import Key, Place
-from finetune.errors import Problem
+from finetune.errors import DataError, Problem
 
 _HUB_ID = re.compile(r"(?=.{1,96}$)(?!.*(--|\.\.))\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?", re.ASCII)
 """By the Hub's own rules (huggingface_hub's `validate_repo_id`)."""
@@ -25,13 +26,13 @@ def reference_problems(config: Config, places: Mapping[Key, Place | str], shown:
     for key, path in files:
         place = nearest_place(places, key, shown)
         if is_local_data(path):
-            yield from _missing_file(dotted_key(key), Path(path), place, DATA_SUFFIXES)
+            yield from _data_problems(dotted_key(key), path, place)
         elif not _HUB_ID.fullmatch(path):
             hint = f"a file ends in {', '.join(DATA_SUFFIXES)}; a Hub id is owner/name"
             yield Problem(f"{dotted_key(key)}: neither a file nor a dataset id: {path!r}", place, hint)
     if config.chat_template is not None and config.chat_template.endswith(".jinja"):
         place = nearest_place(places, ("chat_template",), shown)
-        yield from _missing_file("chat_template", Path(config.chat_template), place, (".jinja",))
+        yield from _missing_file("chat_template", Path(config.chat_template), place)
     elif config.chat_template not in (None, "chatml", "plain"):
         place = nearest_place(places, ("chat_template",), shown)
         yield Problem(
@@ -50,12 +51,22 @@ def reference_problems(config: Config, places: Mapping[Key, Place | str], shown:
         yield Problem(f"base: neither a folder nor a model id: {config.base!r}", place, "a Hub id is owner/name")
 
 
-def _missing_file(key: str, path: Path, place: str, suffixes: tuple[str, ...]) -> Iterator[Problem]:
+def _data_problems(key: str, path: str, place: str) -> Iterator[Problem]:
+    if os.path.isfile(path):
+        if data_kind(path) is None:
+            yield Problem(f"{key}: {Path(path).name} is of no known kind", place, KNOWN_ENDINGS)
+    elif os.path.isdir(path) or is_pattern(path):
+        try:
+            source_files(path)
+        except DataError as error:
+            yield from (Problem(f"{key}: {problem}", place, problem.hint) for problem in error.problems)
+    else:
+        yield from _missing_file(key, Path(path), place)
+
+
+def _missing_file(key: str, path: Path, place: str) -> Iterator[Problem]:
     # os.path answers False where Path raises, for instance for a name too long to be one.
     if os.path.isfile(path):
-        if path.suffix.lower() not in suffixes:
-            kinds = ", ".join(suffixes)
-            yield Problem(f"{key}: {path.name} is of no known kind", place, f"known endings: {kinds}")
         return
     if os.path.isdir(path):
         yield Problem(f"{key}: {path} is a folder", place, "name one file in it")

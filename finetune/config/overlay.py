@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune.config.files import has_wildcards
 from finetune.config.problems import dotted_key
-from finetune.config.schema import DATA_SUFFIXES, is_local_data
+from finetune.config.schema import data_kind, is_local_data
 from finetune.config.yaml_source import Key, Place, parse_value
 from finetune.errors import ConfigError, Problem
 
@@ -29,8 +30,8 @@ def absolute_paths(values: dict[str, Any], folder: Path) -> None:
 
 
 def _resolve_data(path: str, folder: Path) -> str:
-    local = _looks_local(path) or path.lower().endswith(DATA_SUFFIXES) or os.path.exists(folder / path)
-    return _absolute(path, folder) if local else path
+    named = _looks_local(path) or data_kind(path) is not None or has_wildcards(path)
+    return _absolute(path, folder) if named or os.path.exists(folder / path) else path
 
 
 def _resolve_base(base: str, folder: Path) -> str:

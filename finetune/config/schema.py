@@ -15,7 +15,17 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"]
+Format = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt-completion",
+    "question-answer",
+    "preference",
+    "kto",
+    "text",
+]
 
 
 class Section(BaseModel):
@@ -26,15 +36,20 @@ class Section(BaseModel):
 
 class DataSource(Section):
     path: Annotated[str, Field(min_length=1)]
-    """A .jsonl, .json, .csv or .parquet file (relative to the YAML it is written in), or the id of a dataset on the
-    Hugging Face Hub."""
+    """A file, a folder, a pattern such as `data/*.jsonl` (each relative to the YAML it is written in), or the id of a
+    dataset on the Hugging Face Hub. Files end in .jsonl, .json, .csv, .tsv, .parquet or .arrow, and may be packed as
+    .gz or .zst."""
 
     format: Format = "auto"
-    """How a row is read. `auto` decides from the rows and says what it found."""
+    """How a row is read. `auto` decides from the rows and says what it found. `preference` trains on the chosen answer,
+    `kto` on the completions that are labelled true."""
 
     columns: dict[str, str] = Field(default_factory=dict)
     """Renames columns: the name that the format expects → the name that the file has, for instance
     `{prompt: question, completion: answer}`."""
+
+    name: Annotated[str, Field(min_length=1)] | None = None
+    """Which configuration (subset) of a Hub dataset to use. Has no effect on a file."""
 
     split: Annotated[str, Field(min_length=1)] = "train"
     """Which split of a Hub dataset to use. Has no effect on a file."""
@@ -42,25 +57,49 @@ class DataSource(Section):
     revision: str | None = None
     """Which commit, tag or branch of a Hub dataset to use; the newest if not given. Has no effect on a file."""
 
-    on_overlong: Literal["error", "truncate", "drop"] = "error"
-    """What to do with a row of more tokens than `train.sequence_length`. `error` is the default because the other two
-    lose text that somebody meant to train on: `truncate` keeps the first tokens, `drop` leaves the row out. Both say
-    how much was lost."""
+    streaming: bool = False
+    """Read a Hub dataset over the network row by row, keeping no copy of it: for what does not fit on the disk, and,
+    with `take`, for the beginning of something large. Has no effect on a file, which is always read row by row."""
+
+    take: PositiveInt | None = None
+    """Use only so many of the rows: the first ones, or random ones with `shuffle`."""
+
+    shuffle: bool = False
+    """Let `take` draw the rows at random, with `train.seed`. (What is trained on is shuffled in any case.)"""
+
+    weight: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
+    """How often each row is seen in an epoch, to mix sources: 2 shows every row twice, 0.5 a random half of them, 1.5
+    every row once and a random half twice. Held-out rows are drawn first and are seen once."""
+
+    on_overlong: Literal["error", "truncate", "split", "drop"] = "error"
+    """What to do with a row of more tokens than `train.sequence_length`. `error` is the default because the others lose
+    something that somebody meant to train on, and it says how many tokens with loss each of them costs. `truncate`
+    keeps the first tokens; `split` makes several rows of a long text, and of a conversation as many as its turns allow,
+    each with the system message; `drop` leaves the row out."""
+
+    max_dropped: Annotated[int, Field(ge=0)] = 0
+    """How many rows may be left out because something is wrong with them, before the run stops with an error that names
+    them. Rows that `on_overlong: drop`, `take` or `weight` leave out were meant to go, and are not counted here."""
 
 
 class Evaluation(Section):
     split: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05
     """Rows held out of `data` for evaluation, drawn with `train.seed`: a fraction below 1, or a number of rows. 0
-    trains on everything and evaluates nothing. 5 % is enough to see the loss fall and costs little data."""
+    trains on everything and evaluates nothing. 5 % is enough to see the loss fall and costs little data. Rows that are
+    equal or nearly so stay on one side."""
 
     path: str | None = None
-    """A file of held-out rows to evaluate on, instead of a split."""
+    """Held-out rows to evaluate on, instead of a split: a file, a folder or a pattern, as in `data`."""
 
     format: Format = "auto"
     """The format of `evaluation.path`, as in `data`."""
 
     columns: dict[str, str] = Field(default_factory=dict)
     """Renamed columns of `evaluation.path`, as in `data`."""
+
+    allow_leakage: bool = False
+    """Go on where held-out rows are also trained on, exactly or nearly so. Not given, that is an error: such rows make
+    any model look good."""
 
     max_rows: PositiveInt = 200
     """At most this many held-out rows are evaluated, so that evaluation stays cheap beside training. With 200 rows the
@@ -139,9 +178,10 @@ class Train(Section):
     """Put several short rows into one sequence, each attending only to itself: no computation is spent on padding.
     Nothing is cut or dropped by it."""
 
-    loss_on: Literal["assistant", "all"] = "assistant"
-    """Which tokens carry loss: `assistant` (the answers with their end-of-turn token), or `all`. Rows of `text` always
-    train on all."""
+    loss_on: Literal["assistant", "last-assistant", "completion", "all"] = "assistant"
+    """Which tokens carry loss: `assistant` (every answer, with its end-of-turn token), `last-assistant` (the last
+    answer alone), `completion` (all that follows the last user's turn, tool calls included), or `all`. Rows of `text`
+    always train on all. A message of `weight: 0` in the data carries none."""
 
     optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "auto"
     """`auto` is AdamW with fp32 state: an adapter is so small that 8-bit state saves little. The paged and 8-bit ones
@@ -192,6 +232,11 @@ class Config(Section):
     train: Train = Train()
     """The training run."""
 
+    private_data: Literal["report", "ignore"] = "report"
+    """Look in the data for what seems to be secrets and personal data (keys, passwords, e-mail addresses, telephone and
+    card numbers), and report how many there are of each kind and where the first one is. Nothing is changed, and the
+    text itself is not repeated."""
+
     tracking: Literal["none", "wandb"] = "none"
     """Where metrics go besides the run folder. Nothing leaves the machine unless this says so."""
 
@@ -219,14 +264,28 @@ def ineffective_keys(config: Config) -> dict[str, str]:
         found["revision"] = "base is a local folder, which has no revisions"
     for index, source in enumerate(config.data):
         if is_local_data(source.path):
-            for key in ("split", "revision"):
+            for key in ("name", "split", "revision", "streaming"):
                 found[f"data.{index}.{key}"] = "path is a file; only Hub datasets have this"
+        if source.take is None:
+            found[f"data.{index}.shuffle"] = "without take there is nothing to draw: all rows are used"
         if source.format == "text" and len(config.data) == 1:
             found["train.loss_on"] = "rows of text train on every token"
     return found
 
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+"""What files of data end in."""
+
+PACKED_SUFFIXES = (".gz", ".zst")
+"""What may follow, where a file is compressed."""
+
+
+def data_kind(path: str) -> str | None:
+    """The ending of a data file, less what says that it is compressed, or None for other files."""
+    name = path.lower()
+    for packed in PACKED_SUFFIXES:
+        name = name.removesuffix(packed)
+    return next((suffix for suffix in DATA_SUFFIXES if name.endswith(suffix)), None)
 
 
 def is_local_data(path: str) -> bool:

@@ -6,44 +6,13 @@ Every format ends as the same thing: a list of messages with roles. A field that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from finetune.data.conversation import Conversation, Message
 from finetune.data.read import Row
+from finetune.data.turns import check_order, field_error, read_tools, read_turn, read_turns, shown
 from finetune.errors import DataError
-
-ROLES = ("system", "user", "assistant")
-
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    role: str
-    content: str
-
-    def as_dict(self) -> dict[str, str]:
-        """As chat templates want it."""
-        return {"role": self.role, "content": self.content}
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """What a model is trained on: messages that end with an assistant's, or, for `text`, a single text."""
-
-    messages: tuple[Message, ...]
-    place: str
-    text: str | None = None
 
 
 def detect_format(rows: Sequence[Row]) -> str:
@@ -53,7 +22,7 @@ def detect_format(rows: Sequence[Row]) -> str:
     """
     found: str | None = None
     for row in rows:
-        format_ = next((name for name, columns in _SIGNATURES if columns <= row.values.keys()), None)
+        format_ = next((name for name, fits in _SIGNATURES if fits(row.values)), None)
         if format_ is None:
             raise DataError(
                 f"of no known format: its columns are {', '.join(map(str, row.values)) or 'none'}",
@@ -73,36 +42,82 @@ def detect_format(rows: Sequence[Row]) -> str:
 
 def convert(row: Row, format_: str) -> Conversation:
     """One row as a conversation. Raises DataError when a field is missing, empty or of the wrong type."""
-    return _CONVERTERS[format_](row)
+    conversation = _CONVERTERS[format_](row)
+    if format_ != "text":
+        check_order(row, conversation.messages)
+    return conversation
 
 
 def _messages(row: Row) -> Conversation:
-    return _conversation(row, _turns(row, "messages", "role", "content", {role: role for role in ROLES}))
+    turns = read_turns(row, "messages", row.values.get("messages"), style="messages")
+    return Conversation(tuple(turns), row.place, tools=read_tools(row))
 
 
 def _sharegpt(row: Row) -> Conversation:
-    messages = _turns(row, "conversations", "from", "value", _SHAREGPT_ROLES)
-    if isinstance(row.values.get("system"), str) and row.values["system"].strip():
-        messages = [Message("system", row.values["system"]), *messages]
-    return _conversation(row, messages)
+    turns = read_turns(row, "conversations", row.values.get("conversations"), style="sharegpt")
+    return Conversation((*_system(row), *turns), row.place, tools=read_tools(row))
 
 
 def _alpaca(row: Row) -> Conversation:
     instruction = _text(row, "instruction")
     given = _optional_text(row, "input")
-    messages = [Message("user", f"{instruction}\n\n{given}" if given else instruction)]
-    system = _optional_text(row, "system")
-    if system:
-        messages.insert(0, Message("system", system))
-    return _conversation(row, [*messages, Message("assistant", _text(row, "output"))])
+    asked = Message("user", f"{instruction}\n\n{given}" if given else instruction)
+    answered = Message("assistant", _text(row, "output"))
+    return Conversation((*_system(row), *_history(row), asked, answered), row.place)
+
+
+def _history(row: Row) -> list[Message]:
+    """Alpaca's earlier turns: a list of [instruction, output]."""
+    history = row.values.get("history")
+    if history is None or history == []:
+        return []
+    if not isinstance(history, list):
+        raise field_error(row, "history", "a list of pairs")
+    messages = []
+    for number, pair in enumerate(history, 1):
+        whole = isinstance(pair, list | tuple) and len(pair) == 2
+        if not whole or not all(isinstance(text, str) and text.strip() for text in pair):
+            raise DataError(
+                "expected an instruction and its answer",
+                place=f"{row.place}: history[{number}]",
+                hint='history is [["instruction", "output"], …]',
+            )
+        messages += [Message("user", pair[0]), Message("assistant", pair[1])]
+    return messages
 
 
 def _prompt_completion(row: Row) -> Conversation:
-    return _pair(row, "prompt", "completion")
+    return _prompted(row, "completion")
 
 
 def _question_answer(row: Row) -> Conversation:
-    return _pair(row, "question", "answer")
+    messages = (*_system(row), Message("user", _text(row, "question")), Message("assistant", _text(row, "answer")))
+    return Conversation(messages, row.place, completion=len(messages) - 1)
+
+
+def _preference(row: Row) -> Conversation:
+    """The prompt with the chosen answer. The rejected one is looked at too: a row without it is no such row."""
+    if "prompt" not in row.values and "conversations" not in row.values and isinstance(row.values.get("chosen"), str):
+        raise DataError(
+            "has a chosen answer but no prompt",
+            place=row.place,
+            hint="chosen and rejected without a prompt must each be a whole list of turns",
+        )
+    chosen, rejected = _prompted(row, "chosen"), _prompted(row, "rejected")
+    if chosen.messages == rejected.messages:
+        raise DataError("chosen and rejected are the same", place=row.place, hint="mend the row, or remove it")
+    return chosen
+
+
+def _kto(row: Row) -> Conversation:
+    label = row.values.get("label")
+    wanted = {True: True, False: False, "true": True, "false": False, "True": True, "False": False}
+    if not isinstance(label, bool | int | str) or label not in wanted:
+        raise field_error(row, "label", "true or false")
+    found = _messages(row) if "messages" in row.values else _prompted(row, "completion")
+    return Conversation(
+        found.messages, row.place, tools=found.tools, completion=found.completion, unwanted=not wanted[label]
+    )
 
 
 def _plain_text(row: Row) -> Conversation:
@@ -115,78 +130,62 @@ _CONVERTERS: dict[str, Callable[[Row], Conversation]] = {
     "alpaca": _alpaca,
     "prompt-completion": _prompt_completion,
     "question-answer": _question_answer,
+    "preference": _preference,
+    "kto": _kto,
     "text": _plain_text,
 }
 
-_SIGNATURES: tuple[tuple[str, set[str]], ...] = (
+
+def _labelled(values: dict[str, Any]) -> bool:
+    """A label of true or false: other labels are classes, which say nothing about how good an answer is."""
+    return isinstance(values.get("label"), bool) and ("messages" in values or {"prompt", "completion"} <= values.keys())
+
+
+_SIGNATURES: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...] = (
     # The most telling first: a row may carry columns besides those of its format.
-    ("messages", {"messages"}),
-    ("sharegpt", {"conversations"}),
-    ("alpaca", {"instruction", "output"}),
-    ("prompt-completion", {"prompt", "completion"}),
-    ("question-answer", {"question", "answer"}),
-    ("text", {"text"}),
+    ("preference", lambda values: {"chosen", "rejected"} <= values.keys()),
+    ("kto", _labelled),
+    ("messages", lambda values: "messages" in values),
+    ("sharegpt", lambda values: "conversations" in values),
+    ("alpaca", lambda values: {"instruction", "output"} <= values.keys()),
+    ("prompt-completion", lambda values: {"prompt", "completion"} <= values.keys()),
+    ("question-answer", lambda values: {"question", "answer"} <= values.keys()),
+    ("text", lambda values: "text" in values),
 )
 
 
-def _pair(row: Row, prompt: str, completion: str) -> Conversation:
-    messages = [Message("user", _text(row, prompt)), Message("assistant", _text(row, completion))]
+def _prompted(row: Row, field: str) -> Conversation:
+    """A prompt and what follows it: each a text, or turns. Without a prompt, all turns stand in `field`."""
+    tools = read_tools(row)
+    before = [*_system(row)]
+    if "prompt" in row.values:
+        before += _part(row, "prompt", "user", style="messages")
+    elif "conversations" in row.values:
+        before += read_turns(row, "conversations", row.values["conversations"], style="sharegpt")
+    elif field == "completion":
+        raise field_error(row, "prompt", "text")
+    after = _part(row, field, "assistant", style="messages")
+    return Conversation((*before, *after), row.place, tools=tools, completion=len(before) if before else None)
+
+
+def _part(row: Row, field: str, role: str, *, style: str) -> list[Message]:
+    value = row.values.get(field)
+    if isinstance(value, dict):
+        return [read_turn(value, f"{row.place}: {field}", style)]
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        return read_turns(row, field, value, style=style)
+    return [Message(role, _text(row, field))]
+
+
+def _system(row: Row) -> list[Message]:
     system = _optional_text(row, "system")
-    if system:
-        messages.insert(0, Message("system", system))
-    return _conversation(row, messages)
-
-
-def _turns(row: Row, field: str, role_key: str, content_key: str, roles: dict[str, str]) -> list[Message]:
-    turns = row.values.get(field)
-    if not isinstance(turns, list) or not turns:
-        raise _field_error(row, field, "a list of turns")
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        place = f"{row.place}: {field}[{number}]"
-        if not isinstance(turn, dict):
-            raise DataError(
-                "expected an object", place=place, hint=f'a turn is {{"{role_key}": …, "{content_key}": …}}'
-            )
-        role, content = turn.get(role_key), turn.get(content_key)
-        if not isinstance(role, str) or role not in roles:
-            known = ", ".join(roles)
-            raise DataError(f"{role_key} is {_shown(role)}", place=place, hint=f"known roles: {known}")
-        if not isinstance(content, str) or not content.strip():
-            raise DataError(
-                f"{content_key} is {_shown(content)}",
-                place=place,
-                hint="every turn needs text; remove the row if it has none",
-            )
-        messages.append(Message(roles[role], content))
-    return messages
-
-
-def _conversation(row: Row, messages: Iterable[Message]) -> Conversation:
-    """Check the order of roles: an optional system message, then user and assistant in turn, an assistant last."""
-    found = tuple(messages)
-    expected = "user"
-    for number, message in enumerate(found):
-        if message.role == "system" and number == 0:
-            continue
-        if message.role != expected:
-            raise DataError(
-                f"turn {number + 1} is by {message.role} where {expected} should speak",
-                place=row.place,
-                hint="after an optional system message, user and assistant take turns",
-            )
-        expected = "assistant" if expected == "user" else "user"
-    if not found or found[-1].role != "assistant":
-        raise DataError(
-            "the last turn is not the assistant's", place=row.place, hint="there must be an answer to learn from"
-        )
-    return Conversation(found, row.place)
+    return [Message("system", system)] if system else []
 
 
 def _text(row: Row, field: str) -> str:
     value = row.values.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise _field_error(row, field, "text")
+        raise field_error(row, field, "text")
     return value
 
 
@@ -195,27 +194,7 @@ def _optional_text(row: Row, field: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise _field_error(row, field, "text")
+        raise DataError(
+            f"{field} is {shown(value)} where text is expected", place=row.place, hint="mend the row, or remove it"
+        )
     return value if value.strip() else ""
-
-
-def _field_error(row: Row, field: str, expected: str) -> DataError:
-    if field not in row.values:
-        known = ", ".join(map(str, row.values)) or "none"
-        return DataError(f"has no field {field!r}", place=row.place, hint=f"its fields are: {known}")
-    return DataError(
-        f"{field} is {_shown(row.values[field])} where {expected} is expected",
-        place=row.place,
-        hint="mend the row, or remove it",
-    )
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return "empty" if not value.strip() else repr(value[:30])
-    if value == []:
-        return "an empty list"
-    kinds = {list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
-    return kinds.get(type(value), f"of the type {type(value).__name__}")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -14,75 +19,72 @@ import numpy.typing as npt
 
 from finetune.base_files import read_model_config
 from finetune.config.schema import Config, DataSource, is_local_data
-from finetune.data.formats import Conversation, Message, convert, detect_format
+from finetune.data.accounting import Accounting, Overlong, Wrong
+from finetune.data.answers import AnswerFinder
+from finetune.data.cache import Cache
+from finetune.data.conversation import Conversation
+from finetune.data.duplicates import count_duplicates, near_duplicates
+from finetune.data.encode import Encoded, Encoder, Task, split_order
+from finetune.data.formats import convert, detect_format
+from finetune.data.jinja import TemplateRefusal
 from finetune.data.pack import pack
-from finetune.data.read import read_rows, shown_path
-from finetune.data.template import ChatTemplate, TemplateRefusal, choose_template, refusal
+from finetune.data.parallel import encoded
+from finetune.data.quality import length_outliers
+from finetune.data.read import Chunk, Row, no_rows, read_chunks, shown_path
+from finetune.data.split import hold_out, leaks, weighted
+from finetune.data.store import Packs, Rows, Store, StoreWriter
+from finetune.data.take import taken
+from finetune.data.template import ChatTemplate, choose_template, training_version
 from finetune.data.tokenizer import Tokenizer, load_tokenizer
 from finetune.errors import BaseError, DataError
 
 DETECT_ROWS = 100
-"""How many rows decide the format. The rest must fit it, or are errors, so more would find nothing more."""
+"""How many rows decide the format, and which form of a chat template. The rest must fit them, or are errors."""
 
-BATCH_ROWS = 1000
-"""Rows tokenised at a time: enough to keep all cores busy, few enough for a live progress bar."""
+SPARE_CONVERSATIONS = 4
+"""Conversations kept for each row to evaluate: which rows are held out is only known at the end."""
 
-IGNORED = -100
-"""The label of a token without loss, as in torch's cross entropy."""
+WRONG_ENOUGH = 1000
+"""With more wrong rows than allowed, reading goes on for so many more, to name all kinds; then it has shown enough."""
 
-
-@dataclass(frozen=True)
-class TokenRow:
-    """One tokenised row."""
-
-    ids: npt.NDArray[np.int32]
-    supervised: npt.NDArray[np.bool_]
-    """True where the token carries loss."""
-    conversation: Conversation
-
-    @property
-    def place(self) -> str:
-        return self.conversation.place
-
-    def labels(self) -> npt.NDArray[np.int32]:
-        """The ids where they carry loss, -100 elsewhere."""
-        return np.where(self.supervised, self.ids, np.int32(IGNORED))
+Today = datetime.datetime
 
 
 @dataclass
-class Accounting:
-    """Where every row went: read = used + held out + the sum of dropped."""
-
-    read: int = 0
-    used: int = 0
-    held_out: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    first_dropped: dict[str, str] = field(default_factory=dict)
-    """Reason → place of the first row dropped for it."""
-    truncated: int = 0
-    """Of the rows used or held out, how many were cut."""
-    lost_supervised_tokens: int = 0
-    """What the cuts took from them."""
-    formats: dict[str, str] = field(default_factory=dict)
-    """Source → format."""
-
-    def drop(self, reason: str, place: str) -> None:
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        self.first_dropped.setdefault(reason, place)
-
-
-@dataclass(frozen=True)
 class PreparedData:
-    """What a run trains and is evaluated on."""
+    """What a run trains and is evaluated on. Lies on disk; rows are read as they are asked for."""
 
-    train: list[TokenRow]
-    held_out: list[TokenRow]
-    packs: list[list[int]] | None
-    """Which training rows share a sequence, or None without packing."""
+    store: Store
     accounting: Accounting
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    """None when every row is plain text."""
+    base_folder: Path
+    chat_template: str | None
+    today: Today
+    cached: bool = False
+    """Whether it was prepared by an earlier command."""
+
+    @cached_property
+    def train(self) -> Rows:
+        return Rows(self.store, self.store.train)
+
+    @cached_property
+    def held_out(self) -> Rows:
+        return Rows(self.store, self.store.held_out)
+
+    @property
+    def packs(self) -> Packs | None:
+        """Which training rows share a sequence, or None without packing."""
+        return self.store.packs
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.base_folder)
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The template that the model will be run with. None when every row is plain text."""
+        if self.accounting.template is None:
+            return None
+        return choose_template(self.chat_template, self.tokenizer, self.today)
 
     @property
     def sequences(self) -> int:
@@ -90,86 +92,67 @@ class PreparedData:
 
     @property
     def supervised_tokens(self) -> int:
-        return int(sum(int(row.supervised.sum()) for row in self.train))
+        return self.train.supervised_tokens
 
     @property
     def tokens(self) -> int:
-        return sum(len(row.ids) for row in self.train)
+        return int(self.train.lengths.sum())
 
 
 def prepare(
     config: Config,
     base_folder: Path,
     *,
-    today: datetime.datetime | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    cache: Path | None = None,
+    today: Today | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> PreparedData:
-    """Read, convert, tokenise, mask, split and pack. Raises DataError or BaseError.
+    """Read, convert, tokenise, mask, split and pack, or find it done already. Raises DataError or BaseError.
 
-    `on_progress` is called with the rows done and the rows in all.
+    `cache` is the folder where prepared data is kept; without it, it goes when the object does. `on_progress` is called
+    with the number of rows read.
     """
-    accounting = Accounting()
-    train: list[tuple[Conversation, DataSource]] = []
-    for source in config.data:
-        train += [(conversation, source) for conversation in load_source(source, accounting)]
-    accounting.read = len(train)
-    held_out: list[tuple[Conversation, DataSource]] = []
-    own = held_out_source(config)
-    if own is not None:
-        held_out = [(conversation, own) for conversation in load_source(own, accounting)]
-        accounting.read += len(held_out)
-    else:
-        train, held_out = _split(train, config.evaluation.split, config.train.seed)
-    tokenizer = load_tokenizer(base_folder)
     today = today or datetime.datetime.now()
-    chat = any(conversation.text is None for conversation, _ in train + held_out)
-    template = choose_template(config.chat_template, tokenizer, today) if chat else None
-    total = len(train) + len(held_out)
-    encoder = _Encoder(config, tokenizer, template, accounting, on_progress or (lambda done, total: None), total)
-    train_rows = encoder.encode(train)
-    held_out_rows = encoder.encode(held_out)
-    if not train_rows:
-        first = next(iter(accounting.first_dropped.items()), None)
-        raise DataError(
-            "no row is left to train on" + (f": {first[0]} (the first: {first[1]})" if first else ""),
-            place=", ".join(accounting.formats),
-            hint="raise train.sequence_length, or set `on_overlong: error` in data to see how long the rows are",
-        )
-    _check_against_base(train_rows + held_out_rows, base_folder)
-    accounting.used, accounting.held_out = len(train_rows), len(held_out_rows)
-    packs = None
-    if config.train.packing:
-        packs = pack([len(row.ids) for row in train_rows], config.train.sequence_length)
-        # Packs come out longest rows first; the order of training must not follow length.
-        random.Random(config.train.seed).shuffle(packs)
-    return PreparedData(train_rows, held_out_rows, packs, accounting, tokenizer, template)
+    temporary = Path(tempfile.mkdtemp(prefix="ft-data-")) if cache is None else None
+    kept = Cache(temporary or cache or Path())
+    try:
+        return _prepare(config, base_folder, kept, today, on_progress or (lambda done: None), temporary)
+    except BaseException:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
-def _check_against_base(rows: Sequence[TokenRow], base_folder: Path) -> None:
-    """No row may be longer than the base can attend to, or hold a token that the base has no embedding for.
-
-    Either would end in an error deep inside a kernel, or in nonsense, hours later.
-    """
-    if not (base_folder / "config.json").is_file():
-        return  # a folder with a tokenizer alone
-    settings = read_model_config(base_folder)
-    settings = settings["text_config"] if isinstance(settings.get("text_config"), dict) else settings
-    positions, embeddings = settings.get("max_position_embeddings"), settings.get("vocab_size")
-    longest = max(rows, key=lambda row: len(row.ids))
-    if isinstance(positions, int) and len(longest.ids) > positions:
-        raise DataError(
-            f"has {len(longest.ids):,} tokens, but the base attends to {positions:,} at most",
-            place=longest.place,
-            hint=f"set train.sequence_length to {positions}, and say with `on_overlong` what becomes of longer rows",
-        )
-    highest = max(rows, key=lambda row: int(row.ids.max()))
-    if isinstance(embeddings, int) and int(highest.ids.max()) >= embeddings:
-        raise BaseError(
-            f"the tokenizer makes token {int(highest.ids.max()):,} of {highest.place}, but the model has only "
-            f"{embeddings:,} embeddings",
-            place=str(base_folder),
-            hint="tokenizer and weights do not belong together: take both from the same model",
-        )
+def _prepare(
+    config: Config,
+    base_folder: Path,
+    kept: Cache,
+    today: Today,
+    on_progress: Callable[[int], None],
+    temporary: Path | None,
+) -> PreparedData:
+    key = kept.key(config, base_folder, today)
+    folder = kept.find(key) if key is not None else None
+    store = None
+    if folder is not None and key is not None:
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError):
+            store = Store(folder)
+        if store is None:
+            kept.drop(key)
+    cached = store is not None
+    if store is None:
+        with kept.writing() as partial:
+            writer = StoreWriter(partial)
+            try:
+                _Preparation(config, base_folder, today, writer, on_progress).run()
+            finally:
+                writer.close()
+            store = Store(kept.keep(partial, key or "unkeyed"))
+    accounting = Accounting(**store.about["accounting"])
+    data = PreparedData(store, accounting, base_folder, config.chat_template, today, cached)
+    if temporary is not None:
+        weakref.finalize(store, shutil.rmtree, temporary, ignore_errors=True)
+    return data
 
 
 def held_out_source(config: Config) -> DataSource | None:
@@ -180,157 +163,264 @@ def held_out_source(config: Config) -> DataSource | None:
     return DataSource(path=own.path, format=own.format, columns=own.columns)
 
 
-def load_source(source: DataSource, accounting: Accounting) -> list[Conversation]:
-    """All rows of one source as conversations. Raises DataError at the first that is wrong."""
-    rows = read_rows(source)
-    first = list(islice(rows, DETECT_ROWS))
-    format_ = source.format
-    if format_ == "auto":
-        format_ = detect_format(first)  # type: ignore[assignment]
-    shown = shown_path(Path(source.path)) if is_local_data(source.path) else source.path
-    accounting.formats[shown] = format_
-    conversations = [convert(row, format_) for row in first]
-    conversations += [convert(row, format_) for row in rows]
-    return conversations
-
-
-def _split(
-    rows: list[tuple[Conversation, DataSource]], share: float, seed: int
-) -> tuple[list[tuple[Conversation, DataSource]], list[tuple[Conversation, DataSource]]]:
-    """Draw the held-out rows: a fraction below 1, or a number of rows. If any are asked for, each side gets one."""
-    if share == 0:
-        return rows, []
-    wanted = round(share * len(rows)) if share < 1 else int(share)
-    wanted = max(1, wanted)
-    if wanted >= len(rows):
-        raise DataError(
-            f"would hold out {wanted:,} of {len(rows):,} rows, which leaves none to train on",
-            place="evaluation.split",
-            hint="give more rows, hold out fewer, or set it to 0, which evaluates nothing",
-        )
-    chosen = set(random.Random(seed).sample(range(len(rows)), wanted))
-    kept = [row for index, row in enumerate(rows) if index not in chosen]
-    return kept, [row for index, row in enumerate(rows) if index in chosen]
-
-
-class _Encoder:
-    """Tokenises conversations in batches, masks them, and applies each source's policy for overlong rows."""
+class _Preparation:
+    """One preparation, from the sources to a written store."""
 
     def __init__(
         self,
         config: Config,
-        tokenizer: Tokenizer,
-        template: ChatTemplate | None,
-        accounting: Accounting,
-        on_progress: Callable[[int, int], None],
-        total: int,
+        base_folder: Path,
+        today: Today,
+        writer: StoreWriter,
+        on_progress: Callable[[int], None],
     ) -> None:
-        self._config, self._tokenizer, self._template = config, tokenizer, template
-        self._accounting, self._on_progress = accounting, on_progress
-        self._done, self._total = 0, total
+        self._config, self._base_folder, self._today = config, base_folder, today
+        self._writer, self._on_progress = writer, on_progress
+        self._accounting = Accounting()
+        own = held_out_source(config)
+        self._own = own is not None
+        self._sources = [*config.data, *([own] if own is not None else [])]
+        self._wrong = [Wrong() for _ in self._sources]
+        self._overlong = Overlong()
+        self._row_sources: list[npt.NDArray[np.int16]] = []
+        self._keys: list[npt.NDArray[np.uint64]] = []
+        self._signatures: list[npt.NDArray[np.uint16]] = []
+        self._total = 0
 
-    def encode(self, rows: Sequence[tuple[Conversation, DataSource]]) -> list[TokenRow]:
-        encoded: list[TokenRow] = []
-        overlong: list[TokenRow] = []
-        for begin in range(0, len(rows), BATCH_ROWS):
-            batch = rows[begin : begin + BATCH_ROWS]
-            for row, (_, source) in zip(self._encode_batch([row for row, _ in batch]), batch, strict=True):
-                if len(row.ids) > self._config.train.sequence_length and source.on_overlong == "error":
-                    overlong.append(row)
-                    continue
-                kept = self._fit(row, source)
-                if kept is not None:
-                    encoded.append(kept)
-            self._done += len(batch)
-            self._on_progress(self._done, self._total)
-        if overlong:
-            raise _overlong_error(overlong, self._config.train.sequence_length, len(rows))
-        return encoded
-
-    def _encode_batch(self, conversations: Sequence[Conversation]) -> list[TokenRow]:
-        texts: list[str] = []
-        spans: list[list[tuple[int, int]] | None] = []
-        for conversation in conversations:
-            text, found = self._render(conversation)
-            texts.append(text)
-            spans.append(found)
-        plain = [span is None for span in spans]
-        # Rendered conversations already hold their special tokens; plain texts get theirs from the tokenizer.
-        chat_encodings = iter(
-            self._tokenizer.backend.encode_batch(
-                [text for text, is_plain in zip(texts, plain, strict=True) if not is_plain], add_special_tokens=False
-            )
+    def run(self) -> None:
+        openings = [self._open(number) for number in range(len(self._sources))]
+        tokenizer = load_tokenizer(self._base_folder)
+        finder = self._choose_finder(tokenizer, [c for opening in openings for c in opening.conversations])
+        config = self._config
+        encoder = Encoder(
+            self._sources,
+            [opening.format for opening in openings],
+            tokenizer,
+            finder,
+            sequence_length=config.train.sequence_length,
+            loss_on=config.train.loss_on,
+            private=config.private_data == "report",
+            keep=SPARE_CONVERSATIONS * config.evaluation.max_rows,
+            held_out=len(self._sources) - 1 if self._own else None,
+            seed=config.train.seed,
         )
-        rows = []
-        for conversation, text, found in zip(conversations, texts, spans, strict=True):
-            if found is None:
-                ids = np.array([*self._tokenizer.encode(text, special=True), self._tokenizer.eos_id], dtype=np.int32)
-                rows.append(TokenRow(ids, np.ones(len(ids), dtype=np.bool_), conversation))
-                continue
-            encoding = next(chat_encodings)
-            ids = np.array(encoding.ids, dtype=np.int32)
-            if self._config.train.loss_on == "all":
-                mask = np.ones(len(ids), dtype=np.bool_)
-            else:
-                mask = supervised_mask(np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2), found)
-            rows.append(TokenRow(ids, mask, conversation))
-        return rows
+        tasks = (task for number, opening in enumerate(openings) for task in opening.tasks(number))
+        for part in encoded(encoder, tasks):
+            self._take(part)
+        self._refuse_what_is_wrong()
+        self._check_against_base()
+        self._finish()
 
-    def _render(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]] | None]:
-        if conversation.text is not None:
-            return conversation.text, None
-        assert self._template is not None
-        try:
-            if self._config.train.loss_on == "all":
-                return self._template.render_whole(conversation.messages), []
-            return self._template.render_with_answers(conversation.messages)
-        except TemplateRefusal as reason:
-            raise refusal(self._template, reason, conversation.place) from reason
+    # -- before the tokens ----------------------------------------------------------------------------------------
 
-    def _fit(self, row: TokenRow, source: DataSource) -> TokenRow | None:
-        limit = self._config.train.sequence_length
-        lost: int | None = None
-        if len(row.ids) > limit:
-            if source.on_overlong == "drop":
-                self._accounting.drop("longer than train.sequence_length", row.place)
-                return None
-            lost = int(row.supervised[limit:].sum())
-            row = TokenRow(row.ids[:limit], row.supervised[:limit], row.conversation)
-        if not row.supervised[1:].any():
-            # The first token is never predicted, so a loss on it alone trains nothing.
-            self._accounting.drop("no token with loss is left", row.place)
+    def _open(self, number: int) -> _Opening:
+        """The first rows of a source, and what they say about the rest."""
+        source = self._sources[number]
+        chunks = taken(source, self._config.train.seed, read_chunks(source))
+        seen: list[Chunk] = []
+        rows: list[Row] = []
+        wrong = Wrong()
+        while len(rows) < DETECT_ROWS:
+            chunk = next(chunks, None)
+            if chunk is None:
+                break
+            seen.append(chunk)
+            for row in islice(chunk.rows(), DETECT_ROWS):
+                if isinstance(row, DataError):
+                    wrong.add(row)
+                else:
+                    rows.append(row)
+        if not rows:
+            raise wrong.error(0, more=True) if wrong.rows else no_rows(source)
+        format_ = detect_format(rows) if source.format == "auto" else source.format
+        conversations = []
+        for row in rows[:DETECT_ROWS]:
+            with contextlib.suppress(DataError):
+                conversations.append(convert(row, format_))
+        shown = shown_path(Path(source.path)) if is_local_data(source.path) else source.path
+        self._accounting.formats[shown] = format_
+        return _Opening(format_, conversations, chain(seen, chunks))
+
+    def _choose_finder(self, tokenizer: Tokenizer, first: Sequence[Conversation]) -> AnswerFinder | None:
+        """The way to render conversations: by the template as it is, by TRL's training version of it, or leniently.
+
+        The first that all of the first rows can be proven with, otherwise the one that fails least.
+        """
+        chats = [conversation for conversation in first if conversation.text is None and not conversation.unwanted]
+        if not chats:
             return None
-        if lost is not None:
-            self._accounting.truncated += 1
-            self._accounting.lost_supervised_tokens += lost
-        return row
+        own = choose_template(self._config.chat_template, tokenizer, self._today)
+        loss_on = self._config.train.loss_on
+        ways: list[tuple[int, AnswerFinder, str]] = []
+        for finder, what in _ways(own):
+            refused = 0
+            for conversation in chats:
+                try:
+                    finder.render(conversation, conversation.trained(loss_on) if loss_on != "all" else [])
+                except TemplateRefusal:
+                    refused += 1
+            ways.append((refused, finder, what))
+            if not refused:
+                break
+        refused, finder, what = min(ways, key=lambda way: way[0])
+        self._accounting.template = what
+        return finder
+
+    # -- chunk by chunk -------------------------------------------------------------------------------------------
+
+    def _take(self, part: Encoded) -> None:
+        accounting = self._accounting
+        self._writer.add(part.ids, part.supervised, part.lengths, part.places, part.conversations)
+        self._row_sources.append(np.full(len(part.lengths), part.source, dtype=np.int16))
+        self._keys.append(part.keys)
+        self._signatures.append(part.signatures)
+        accounting.read += part.read
+        for reason, (count, place) in part.dropped.items():
+            accounting.drop(reason, place, count)
+        self._wrong[part.source].merge(part.wrong)
+        self._overlong.merge(part.overlong)
+        accounting.truncated += part.truncated
+        accounting.split += part.split
+        accounting.lost_supervised_tokens += part.lost
+        for kind, (count, place) in part.notes.items():
+            accounting.find(kind, place, count)
+        for kind, count in part.found.counts.items():
+            accounting.find(kind, part.found.first[kind], count)
+        for language, count in part.languages.items():
+            accounting.languages[language] = accounting.languages.get(language, 0) + count
+        self._on_progress(accounting.read)
+        allowed = self._sources[part.source].max_dropped
+        wrong = self._wrong[part.source]
+        if wrong.rows > allowed + WRONG_ENOUGH:
+            raise wrong.error(allowed, more=True)
+
+    def _refuse_what_is_wrong(self) -> None:
+        for wrong, source in zip(self._wrong, self._sources, strict=True):
+            if wrong.rows > source.max_dropped:
+                raise wrong.error(source.max_dropped, more=False)
+        if self._overlong.rows:
+            raise self._overlong.error(self._config.train.sequence_length, self._accounting.read)
+        if not self._writer.rows:
+            first = next(iter(self._accounting.first_dropped.items()), None)
+            raise DataError(
+                "no row is left to train on" + (f": {first[0]} (the first: {first[1]})" if first else ""),
+                place=", ".join(self._accounting.formats),
+                hint="raise train.sequence_length, or set `on_overlong: error` in data to see how long the rows are",
+            )
+
+    def _check_against_base(self) -> None:
+        """No row may be longer than the base can attend to, or hold a token that the base has no embedding for.
+
+        Either would end in an error deep inside a kernel, or in nonsense, hours later.
+        """
+        if not (self._base_folder / "config.json").is_file():
+            return  # a folder with a tokenizer alone
+        settings = read_model_config(self._base_folder)
+        settings = settings["text_config"] if isinstance(settings.get("text_config"), dict) else settings
+        positions, embeddings = settings.get("max_position_embeddings"), settings.get("vocab_size")
+        length, place = self._writer.longest
+        if isinstance(positions, int) and length > positions:
+            raise DataError(
+                f"has {length:,} tokens, but the base attends to {positions:,} at most",
+                place=place,
+                hint=f"set train.sequence_length to {positions}, and say with `on_overlong` what becomes of the others",
+            )
+        token, place = self._writer.highest
+        if isinstance(embeddings, int) and token >= embeddings:
+            raise BaseError(
+                f"the tokenizer makes token {token:,} of {place}, but the model has only {embeddings:,} embeddings",
+                place=str(self._base_folder),
+                hint="tokenizer and weights do not belong together: take both from the same model",
+            )
+
+    # -- once all rows are there ----------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        config, accounting, writer = self._config, self._accounting, self._writer
+        sources = np.concatenate(self._row_sources)
+        keys = np.concatenate(self._keys)
+        labels = near_duplicates(keys, np.concatenate(self._signatures))
+        self._signatures.clear()
+        lengths = writer.lengths()
+        if self._own:
+            mine = sources == len(self._sources) - 1
+            held_out, train = np.flatnonzero(mine), np.flatnonzero(~mine)
+            held_out = held_out[np.argsort(split_order(keys[held_out], config.train.seed), kind="stable")]
+            if not len(train):
+                raise DataError("no row is left to train on", place=", ".join(accounting.formats))
+        else:
+            held_out, train = hold_out(
+                config.evaluation.split,
+                split_order(keys, config.train.seed),
+                labels,
+                keys,
+                allow_leakage=config.evaluation.allow_leakage,
+            )
+        self._report(keys, labels, lengths, train, held_out)
+        order = weighted(train, sources, [source.weight for source in self._sources], config.train.seed)
+        left_out = np.setdiff1d(train, order)
+        if len(left_out):
+            accounting.drop("left out by `weight`", writer.place(int(left_out[0])), len(left_out))
+        # A row that was split counts once, however many pieces it has.
+        accounting.held_out = len(held_out)
+        accounting.used = accounting.read - sum(accounting.dropped.values()) - len(held_out)
+        packs = None
+        if config.train.packing:
+            packs = pack(lengths[order].tolist(), config.train.sequence_length)
+            # Packs come out longest rows first; the order of training must not follow length.
+            random.Random(config.train.seed).shuffle(packs)
+        writer.finish(
+            train=order, held_out=held_out, packs=packs, sources=sources, about={"accounting": asdict(accounting)}
+        )
+
+    def _report(
+        self,
+        keys: npt.NDArray[np.uint64],
+        labels: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+        train: npt.NDArray[np.int64],
+        held_out: npt.NDArray[np.int64],
+    ) -> None:
+        """Duplicates, leakage and rows far longer than the others."""
+        accounting, writer = self._accounting, self._writer
+        duplicates = count_duplicates(keys, labels)
+        accounting.exact_duplicates, accounting.near_duplicates = duplicates.exact, duplicates.near
+        pair = duplicates.first_exact or duplicates.first_near
+        if pair is not None:
+            accounting.first_duplicate = f"{writer.place(pair[0])}, like {writer.place(pair[1])}"
+        outliers = length_outliers(lengths)
+        accounting.outliers = len(outliers)
+        if len(outliers):
+            accounting.first_outlier = f"{writer.place(int(outliers[0]))}, {int(lengths[outliers[0]]):,} tokens"
+        leaked = leaks(keys, labels, train, held_out)
+        if leaked.rows and not self._config.evaluation.allow_leakage:
+            raise DataError(
+                f"{leaked.rows:,} of {len(held_out):,} held-out rows are also trained on ({leaked.exact:,} exactly, "
+                f"{leaked.rows - leaked.exact:,} nearly); the first is here, like {writer.place(leaked.trained)}",
+                place=writer.place(leaked.held_out),
+                hint="take them out of one side, or set `evaluation.allow_leakage: true`",
+            )
+        accounting.leaked = leaked.rows
 
 
-def supervised_mask(offsets: npt.NDArray[np.int64], spans: Sequence[tuple[int, int]]) -> npt.NDArray[np.bool_]:
-    """Which tokens carry loss: those that begin inside an answer's span.
+@dataclass
+class _Opening:
+    """A source of which the first rows have been looked at."""
 
-    `offsets` is (tokens, 2): begin and end of each token in characters. A token that begins before the answer is part
-    of the prompt, which is all that is known when the model begins to write.
-    """
-    mask = np.zeros(len(offsets), dtype=np.bool_)
-    for begin, end in spans:
-        mask |= (offsets[:, 0] >= begin) & (offsets[:, 0] < end)
-    return mask
+    format: str
+    conversations: list[Conversation]
+    chunks: Iterator[Chunk]
 
-
-def _overlong_error(rows: Sequence[TokenRow], limit: int, total: int) -> DataError:
-    longest = max(rows, key=lambda row: len(row.ids))
-    lost = sum(int(row.supervised[limit:].sum()) for row in rows)
-    emptied = sum(not row.supervised[1:limit].any() for row in rows)
-    return DataError(
-        f"{len(rows):,} of {total:,} rows are longer than train.sequence_length {limit:,}; the first is here, the "
-        f"longest has {len(longest.ids):,} tokens ({longest.place})",
-        place=rows[0].place,
-        hint=f"raise train.sequence_length to {len(longest.ids)}, or set in data `on_overlong: truncate` (loses "
-        f"{lost:,} tokens with loss, {emptied:,} rows whole) or `on_overlong: drop` (loses {len(rows):,} rows)",
-    )
+    def tasks(self, source: int) -> Iterator[Task]:
+        for number, chunk in enumerate(self.chunks):
+            yield Task(source, chunk, first_of_source=number == 0)
 
 
-def prompt_messages(conversation: Conversation) -> tuple[Message, ...]:
-    """The conversation up to, and without, its last answer."""
-    return conversation.messages[:-1]
+def _ways(own: ChatTemplate) -> Iterator[tuple[AnswerFinder, str]]:
+    yield AnswerFinder(own), own.origin
+    training = training_version(own)
+    if training is not None:
+        why = "TRL's training version of it, because its own rewrites or leaves out what is to be learnt"
+        yield AnswerFinder(training), f"{own.origin}; {why}"
+    lenient = "it writes earlier turns differently from the last one, and so they are trained on"
+    yield AnswerFinder(own, lenient=True), f"{own.origin}; {lenient}"

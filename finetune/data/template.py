@@ -1,21 +1,22 @@
-"""Chat templates: messages → text, and which characters of it the model is to learn.
+"""Chat templates: messages → text. Which characters of it the model is to learn is found in `answers.py`.
 
-A template is a program that came with a model, so it runs in Jinja's sandbox. Which part of its output is an answer is
-found from the template itself, by rendering the conversation up to the answer and proving that this is a prefix of the
-whole; never by searching for strings that a user could also have typed. What cannot be proven is an error.
+A template is a program that came with a model, so it runs in Jinja's sandbox.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-import json
-from collections.abc import Callable, Sequence
+import importlib.util
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.formats import Message
+from finetune.data.conversation import Message
+from finetune.data.jinja import TemplateRefusal
 from finetune.data.tokenizer import Tokenizer
 from finetune.errors import BaseError, DataError
 
@@ -46,8 +47,6 @@ PLAIN = (
     "{%- endif -%}\n"
 )
 
-Span = tuple[int, int]
-
 
 @dataclass(frozen=True)
 class ChatTemplate:
@@ -62,10 +61,16 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
+        from finetune.data.jinja import ChatEnvironment
+
+        return self.compiled_in(ChatEnvironment(self.today))
+
+    def compiled_in(self, environment: jinja2.Environment) -> jinja2.Template:
+        """Raises BaseError for a template that is not Jinja."""
         import jinja2
 
         try:
-            return _environment(self.today).from_string(self.source)
+            return environment.from_string(self.source)
         except Exception as error:  # Jinja's own errors, and what Python's compiler says to the code it made
             line = error.lineno if isinstance(error, jinja2.TemplateSyntaxError) else None
             raise BaseError(
@@ -74,80 +79,55 @@ class ChatTemplate:
                 hint="give another with `chat_template: chatml | plain | path.jinja`",
             ) from error
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation. Raises TemplateRefusal where the template refuses it."""
-        return self._render([message.as_dict() for message in messages], add_generation_prompt)
+    @cached_property
+    def text_arguments(self) -> bool:
+        """Whether it wants the arguments of a tool call as JSON text. Most want the object, and quote a text twice."""
+        call = {"type": "function", "function": {"name": "f", "arguments": {"needle": "a"}}, "id": "abcdefghi"}
+        messages = [Message("user", "a"), Message("assistant", "", (call,))]
+        for as_text in (False, True):
+            given = [message.as_dict(text_arguments=as_text) for message in messages]
+            with contextlib.suppress(TemplateRefusal):
+                if re.search(r"[^\\]\"?needle", self.render_dicts(self._compiled, given, (), False)):
+                    return as_text
+        return False
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The text of a conversation. Raises TemplateRefusal where the template refuses it."""
+        return self.render_dicts(self._compiled, self.as_dicts(messages), tools, add_generation_prompt)
+
+    def as_dicts(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Messages in the form that this template reads."""
+        as_text = any(message.tool_calls for message in messages) and self.text_arguments
+        return [message.as_dict(text_arguments=as_text) for message in messages]
+
+    def render_dicts(
+        self,
+        compiled: jinja2.Template,
+        messages: list[dict[str, Any]],
+        tools: Sequence[dict[str, Any]],
+        add_generation_prompt: bool,
+    ) -> str:
+        """Like `render`, of messages that are dicts already, in any environment (`compiled_in`)."""
+        from finetune.data.symbolic import Untracked
+
         try:
-            return self._compiled.render(
+            return compiled.render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
                 **self.special,
             )
-        except BaseError:
+        except (BaseError, Untracked):
             raise
         except Exception as error:  # a template is a program: it can fail in any way
             raise TemplateRefusal(_reason(error)) from error
-
-    def render_whole(self, messages: Sequence[Message]) -> str:
-        """The text to train on. Some templates leave out a system message without a word: what is lost is refused."""
-        whole = self.render(messages)
-        for number, message in enumerate(messages, 1):
-            if message.role != "assistant" and message.content.strip() not in whole:
-                raise TemplateRefusal(f"it leaves out or changes turn {number}, the {message.role}'s")
-        return whole
-
-    def render_with_answers(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-        """The text, and the span of characters of each assistant turn in it, its end-of-turn token included.
-
-        A turn begins where the generation prompt ends, because from there on the model writes. Where a template's
-        generation prompt says more than the turn does (some open a thinking block), it begins with the content, found
-        by rendering the same conversation with another content. A turn ends where the conversation up to it ends, less
-        the white space after the end-of-turn token, which nobody waits for.
-        """
-        whole = self.render_whole(messages)
-        spans: list[Span] = []
-        for index, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            last = index == len(messages) - 1
-            through = whole if last else self.render(messages[: index + 1])
-            if not whole.startswith(through):
-                raise TemplateRefusal(f"it writes turn {index + 1} differently once more turns follow")
-            start = self._answer_start(messages, index, whole)
-            end = len(through.rstrip())
-            if end <= start:
-                raise TemplateRefusal(f"it writes nothing for turn {index + 1}")
-            if through[start:end].endswith(message.content.rstrip()):
-                raise TemplateRefusal(
-                    f"it ends turn {index + 1} without an end-of-turn token, so nothing learns to stop"
-                )
-            spans.append((start, end))
-        return whole, spans
-
-    def _answer_start(self, messages: Sequence[Message], index: int, whole: str) -> int:
-        prompt = self.render(messages[:index], add_generation_prompt=True)
-        if whole.startswith(prompt):
-            return len(prompt)
-        content = messages[index].content
-        other = "\u2063" if content.lstrip()[:1] != "\u2063" else "\u2062"
-        changed = [*messages[:index], Message("assistant", other + content), *messages[index + 1 :]]
-        rendered = self.render(changed)
-        start = next((i for i, (a, b) in enumerate(zip(whole, rendered, strict=False)) if a != b), None)
-        # A template may strip the content's white space or leave it.
-        if start is None or not whole.startswith((content.rstrip(), content.strip()), start):
-            raise TemplateRefusal(f"where it puts the answer of turn {index + 1} cannot be proven")
-        return start
-
-
-class TemplateRefusal(BaseError):
-    """Why a template cannot be used for a conversation; turned into a DataError where the row's place is known."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason, hint="the chat template says so: change the conversation, or give another template")
 
 
 def _reason(error: Exception) -> str:
@@ -198,6 +178,25 @@ def choose_template(name: str | None, tokenizer: Tokenizer, today: datetime.date
         raise BaseError("the chat template cannot be read", place=name, hint="it must be a text file") from error
 
 
+def training_version(template: ChatTemplate) -> ChatTemplate | None:
+    """TRL's version of a template for training, if the template is, letter by letter, one that TRL has one of.
+
+    TRL keeps them as `<name>.jinja` and `<name>_training.jinja`; they write every turn as the model is to write it,
+    where its own template leaves out of earlier turns what a runtime does (Qwen3's and DeepSeek-R1's thinking).
+    """
+    found = importlib.util.find_spec("trl")  # finds it without importing it, which would load torch
+    if found is None or not found.submodule_search_locations:
+        return None
+    folder = Path(found.submodule_search_locations[0]) / "chat_templates"
+    for path in sorted(folder.glob("*_training.jinja")):
+        own = path.with_name(path.name.replace("_training", ""))
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if own.read_text("utf-8").strip() == template.source.strip():
+                origin = f"TRL's {path.name}"
+                return ChatTemplate(path.read_text("utf-8"), template.special, origin, template.today)
+    return None
+
+
 def _template_hint(tokenizer: Tokenizer) -> str:
     if _has_chatml(tokenizer):
         return "add `chat_template: chatml` to the config: this base has its tokens"
@@ -213,43 +212,6 @@ def _with_bos(source: str, tokenizer: Tokenizer) -> str:
     bos = tokenizer.special.get("bos_token")
     puts_one = bos is not None and tokenizer.encode("a", special=True)[:1] == [tokenizer.token_id(bos)]
     return "{{- bos_token -}}\n" + source if puts_one else source
-
-
-def _environment(today: datetime.datetime) -> jinja2.Environment:
-    """Jinja as chat templates expect it (transformers' documentation: "Chat templates", advanced usage), sandboxed."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}…{% endgeneration %}` marks answers in some templates; here it is only passed through."""
-
-        tags = {"generation"}  # noqa: RUF012 - Jinja's own protocol
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def raise_exception(message: Any = "") -> None:
-        raise TemplateRefusal(" ".join(str(message).split()) or "it gives no reason")
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
-    strftime_now: Callable[[str], str] = today.strftime
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return environment
 
 
 def end_of_turn(template: ChatTemplate | None, tokenizer: Tokenizer) -> tuple[list[int], list[str]]:

@@ -40,6 +40,16 @@ class Tokenizer:
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each row, special tokens included."""
+        texts: list[str] = self.backend.decode_batch([list(row) for row in rows], skip_special_tokens=False)
+        return texts
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of tokens that stand for no text of their own."""
+        return frozenset(number for number, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
     def token_id(self, token: str) -> int | None:
         found: int | None = self.backend.token_to_id(token)
         return found

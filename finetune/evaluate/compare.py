@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune.config.schema import Config
-from finetune.data.prepare import PreparedData, TokenRow, prompt_messages
+from finetune.data.conversation import Conversation
+from finetune.data.prepare import PreparedData
+from finetune.data.store import IGNORED, TokenRow
 from finetune.data.template import end_of_turn
 from finetune.model.base import LoadedModel
 from finetune.model.generate import greedy
@@ -93,7 +95,7 @@ def compare(
         return None
     tell = on_progress or (lambda what, done, total: None)
     model: PeftModel = loaded.model
-    chats = [row for row in rows if row.conversation.text is None]
+    chats = [c for c in (row.conversation for row in rows) if c is not None and c.text is None]
     answered = chats if config.evaluation.metric == "exact-match" else chats[: config.evaluation.samples]
     losses: dict[str, tuple[float, int]] = {}
     answers: dict[str, list[str]] = {}
@@ -103,7 +105,7 @@ def compare(
             losses[who] = held_out_loss(model, rows, data.tokenizer.pad_id, partial(tell, f"loss, {who}"))
             tell(f"answers, {who}", 0, len(answered))
             answers[who] = _answers(config, data, model, answered)
-    references = [row.conversation.messages[-1].content for row in answered]
+    references = [conversation.messages[-1].content for conversation in answered]
     scores = {}
     for who in ("base", "tuned"):
         exact = None
@@ -111,8 +113,10 @@ def compare(
             exact = sum(a.strip() == r.strip() for a, r in zip(answers[who], references, strict=True)) / len(answered)
         scores[who] = Score(losses[who][0], exact)
     samples = [
-        Sample(row.conversation.messages[-2].content, reference, base, tuned)
-        for row, reference, base, tuned in zip(answered, references, answers["base"], answers["tuned"], strict=True)
+        Sample(conversation.messages[-2].content, reference, base, tuned)
+        for conversation, reference, base, tuned in zip(
+            answered, references, answers["base"], answers["tuned"], strict=True
+        )
     ]
     return Comparison(
         scores["base"],
@@ -148,7 +152,7 @@ def held_out_loss(
     for batch in batches:
         width = max(len(row.ids) for row in batch)
         ids = np.full((len(batch), width), pad_id, dtype=np.int64)
-        labels = np.full((len(batch), width), -100, dtype=np.int64)
+        labels = np.full((len(batch), width), IGNORED, dtype=np.int64)
         for line, row in enumerate(batch):
             ids[line, : len(row.ids)] = row.ids
             labels[line, : len(row.ids)] = row.labels()
@@ -170,14 +174,14 @@ def held_out_loss(
     return total / max(tokens, 1), tokens
 
 
-def _answers(config: Config, data: PreparedData, model: PreTrainedModel, rows: Sequence[TokenRow]) -> list[str]:
+def _answers(config: Config, data: PreparedData, model: PreTrainedModel, rows: Sequence[Conversation]) -> list[str]:
     """Greedy answers to the last question of each row."""
     if not rows:
         return []
     assert data.template is not None
     prompts = [
         data.tokenizer.encode(
-            data.template.render(prompt_messages(row.conversation), add_generation_prompt=True), special=False
+            data.template.render(row.messages[:-1], tools=row.tools, add_generation_prompt=True), special=False
         )
         for row in rows
     ]

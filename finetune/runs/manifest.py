@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import __version__
+from finetune.config.files import source_files
 from finetune.config.load import LoadedConfig
 from finetune.config.schema import Config, is_local_data
 from finetune.config.yaml_source import dump
@@ -32,9 +33,8 @@ LIBRARIES = (
 def provenance(loaded: LoadedConfig) -> dict[str, Any]:
     """The manifest of a run that begins now. Needs no heavy import: versions come from the packages' metadata."""
     config = loaded.config
-    files = [source.path for source in config.data if is_local_data(source.path)]
-    if config.evaluation.path is not None and is_local_data(config.evaluation.path):
-        files.append(config.evaluation.path)
+    paths = [*(source.path for source in config.data), config.evaluation.path]
+    files = [file for path in paths if path is not None and is_local_data(path) for file in source_files(path)]
     return {
         "format": 1,
         "state": "running",
@@ -43,7 +43,7 @@ def provenance(loaded: LoadedConfig) -> dict[str, Any]:
         "command": sys.argv,
         "base": config.base,
         "revision": config.revision,
-        "data": {path: sha256(Path(path)) for path in files},
+        "data": {str(file): sha256(file) for file in files},
         "seed": config.train.seed,
         "versions": {"finetune": __version__, "python": platform.python_version(), **_versions()},
         "platform": platform.platform(),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.console import Console
-from finetune.data.formats import Message
+from finetune.data.conversation import Message
 from finetune.errors import RunError
 from finetune.runs.folder import RunFolder
 from finetune.runs.log import logged

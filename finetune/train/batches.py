@@ -7,72 +7,68 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.data.prepare import IGNORED, PreparedData, TokenRow
+from finetune.data.prepare import PreparedData
+from finetune.data.store import IGNORED, Rows, TokenRow
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from datasets import Dataset
 
 
 def to_dataset(data: PreparedData) -> Dataset:
-    """The training rows as a dataset: `input_ids`, `labels` and, where packed, `seq_lengths`, one line a sequence."""
-    groups = data.packs if data.packs is not None else [[index] for index in range(len(data.train))]
-    return _dataset([[data.train[index] for index in group] for group in groups])
+    """The training sequences as a dataset: the numbers of the rows in each, which the collator fetches."""
+    if data.packs is None:
+        return held_out_dataset(data.train)
+    return as_dataset([data.store.train[pack].tolist() for pack in data.packs])
 
 
-def held_out_dataset(rows: Sequence[TokenRow]) -> Dataset:
-    """Held-out rows, one a sequence."""
-    return _dataset([[row] for row in rows])
+def held_out_dataset(rows: Rows) -> Dataset:
+    """Rows, one a sequence."""
+    return as_dataset([[index] for index in rows.indices.tolist()])
 
 
-def _dataset(sequences: Sequence[Sequence[TokenRow]]) -> Dataset:
+def as_dataset(sequences: Sequence[Sequence[int]]) -> Dataset:
+    """Sequences as a dataset with the one column `rows`."""
     import pyarrow as pa
     from datasets import Dataset
 
-    lengths = [sum(len(row.ids) for row in sequence) for sequence in sequences]
-    rows = [row for sequence in sequences for row in sequence]
-    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
-    ids = np.concatenate([row.ids for row in rows])
-    labels = np.concatenate([row.labels() for row in rows])
-    table = pa.table(
-        {
-            "input_ids": pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids)),
-            "labels": pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(labels)),
-            "seq_lengths": pa.array([[len(row.ids) for row in sequence] for sequence in sequences]),
-        }
-    )
-    return Dataset(table)
+    return Dataset(pa.table({"rows": pa.array(sequences, pa.list_(pa.int64()))}))
 
 
 class Collator:
-    """Pads sequences on the right and numbers the positions of each row in them from 0.
+    """Fetches the rows of sequences, pads the sequences on the right and numbers the positions of each row from 0.
 
     There is no attention mask: attention is causal, so nothing sees the padding on its right, and transformers reads
     from position ids that start again where one packed row ends and the next begins. (A test compares the loss of rows
     packed and apart.)
     """
 
-    def __init__(self, pad_id: int) -> None:
-        self._pad_id = pad_id
+    def __init__(self, row: Callable[[int], TokenRow], pad_id: int) -> None:
+        """`row` gives a row by its number (`Store.row`)."""
+        self._row, self._pad_id = row, pad_id
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """int64 tensors of shape (sequences, longest): `input_ids`, `labels`, `position_ids`."""
         import torch
 
-        width = max(len(example["input_ids"]) for example in examples)
+        sequences = [[self._row(number) for number in example["rows"]] for example in examples]
+        width = max(sum(len(row.ids) for row in sequence) for sequence in sequences)
         shape = (len(examples), width)
         ids = np.full(shape, self._pad_id, dtype=np.int64)
         labels = np.full(shape, IGNORED, dtype=np.int64)
         positions = np.zeros(shape, dtype=np.int64)
-        for line, example in enumerate(examples):
+        for line, sequence in enumerate(sequences):
             begin = 0
-            ids[line, : len(example["input_ids"])] = example["input_ids"]
-            labels[line, : len(example["labels"])] = example["labels"]
-            for length in example["seq_lengths"]:
-                positions[line, begin : begin + length] = np.arange(length)
+            for row in sequence:
+                end = begin + len(row.ids)
+                ids[line, begin:end] = row.ids
+                labels[line, begin:end] = row.labels()
+                positions[line, begin:end] = np.arange(len(row.ids))
                 # The first token of a packed row must not be predicted from the last of the row before it.
                 labels[line, begin] = IGNORED
-                begin += length
+                begin = end
             positions[line, begin:] = np.arange(width - begin)
         return {
             "input_ids": torch.from_numpy(ids),

@@ -89,7 +89,7 @@ def train(config: Config, data: PreparedData, loaded: LoadedModel, run: RunFolde
         args=_arguments(config, run, loaded.hardware, steps),
         train_dataset=to_dataset(data),
         eval_dataset=held_out_dataset(data.held_out) if config.evaluation.every and data.held_out else None,
-        data_collator=Collator(data.tokenizer.pad_id),
+        data_collator=Collator(data.store.row, data.tokenizer.pad_id),
         processing_class=_processing_class(data),
         callbacks=[
             ProgressCallback(console, tokens_per_step),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -37,7 +38,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path, base: Path) -> Path:
     """A good config, c.yaml, its rows, and its base, which is a stand-in."""
-    (tmp_path / "rows.jsonl").write_text('{"question": "Why?", "answer": "So."}\n' * 20)
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    rows = [{"question": f"What is {a} and {b}?", "answer": f"{b} {a}"} for a in words for b in ("this", "that")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "c.yaml").write_text("base: ./base\nchat_template: plain\ndata:\n  - path: rows.jsonl\n")
     shutil.copytree(base, tmp_path / "base")
     return tmp_path

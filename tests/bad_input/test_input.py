@@ -64,19 +64,19 @@ def test_missing_data(folder: Path, refused: Refused) -> None:
     assert refused("train", "c.yaml") == "c.yaml:4: data.0.path: no such file: rows.jsonl | did you mean rows2.jsonl?"
 
 
-def test_a_malformed_line(folder: Path, refused: Refused) -> None:
+def test_a_malformed_line(stories: Path, refused: Refused) -> None:
     lines = ['{"question": "Why?", "answer": "So."}'] * 1200
     lines[999] = '{"question": "Why?", "answer": So.}'
-    (folder / "rows.jsonl").write_text("\n".join(lines))
+    (stories / "rows.jsonl").write_text("\n".join(lines))
     assert refused("train", "c.yaml") == (
         "rows.jsonl:1000: not valid JSON: expecting value (column 32) | each line must be one JSON object"
     )
 
 
-def test_a_row_without_its_field(folder: Path, refused: Refused) -> None:
+def test_a_row_without_its_field(stories: Path, refused: Refused) -> None:
     lines = ['{"question": "Why?", "answer": "So."}'] * 1200
     lines[999] = '{"question": "Why?", "anwser": "So."}'
-    (folder / "rows.jsonl").write_text("\n".join(lines))
+    (stories / "rows.jsonl").write_text("\n".join(lines))
     assert refused("train", "c.yaml") == ("rows.jsonl:1000: has no field 'answer' | its fields are: question, anwser")
 
 
@@ -100,11 +100,12 @@ def test_overlong_rows(stories: Path, refused: Refused) -> None:
     assert refused("train", "c.yaml", "-s", "evaluation.split=0") == (
         "rows.jsonl:21: 1 of 21 rows are longer than train.sequence_length 2,048; the first is here, the longest has "
         "3,034 tokens (rows.jsonl:21) | raise train.sequence_length to 3034, or set in data `on_overlong: truncate` "
-        "(loses 983 tokens with loss, 0 rows whole) or `on_overlong: drop` (loses 1 rows)"
+        "(loses 983 tokens with loss, 0 rows whole), `on_overlong: split` (loses 3,001) or `on_overlong: drop` (loses "
+        "3,001 in 1 rows)"
     )
 
 
-def test_a_split_that_leaves_nothing(folder: Path, refused: Refused) -> None:
+def test_a_split_that_leaves_nothing(stories: Path, refused: Refused) -> None:
     assert refused("train", "c.yaml", "-s", "evaluation.split=20") == (
         "evaluation.split: would hold out 20 of 20 rows, which leaves none to train on | give more rows, hold out "
         "fewer, or set it to 0, which evaluates nothing"
@@ -204,9 +205,37 @@ def test_init_over_a_file(folder: Path, refused: Refused) -> None:
 
 def test_init_with_data_that_is_not_there(folder: Path, refused: Refused) -> None:
     assert refused("init", "new.yaml", "--data", "row.jsonl") == (
-        "row.jsonl: no such data file | known endings: .jsonl, .json, .csv, .parquet"
+        "row.jsonl: no such data file | known endings: .jsonl, .json, .csv, .tsv, .parquet, .arrow (also packed: .gz, "
+        ".zst)"
     )
     assert not (folder / "new.yaml").exists()
+
+
+def test_init_with_a_folder_without_data(folder: Path, refused: Refused) -> None:
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt").write_text("a")
+    assert refused("init", "new.yaml", "--data", "texts") == (
+        "texts: no data file is in this folder | known endings: .jsonl, .json, .csv, .tsv, .parquet, .arrow (also "
+        "packed: .gz, .zst)"
+    )
+
+
+def test_an_archive_that_breaks_off(folder: Path, refused: Refused) -> None:
+    import gzip
+
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress((folder / "rows.jsonl").read_bytes())[:-9])
+    assert refused("check", "c.yaml", "-s", "data.0.path=rows.jsonl.gz") == (
+        "rows.jsonl.gz: the archive breaks off before its end | copy or download it again; what it held may be "
+        "incomplete"
+    )
+
+
+def test_a_bad_row_in_one_of_several_files(folder: Path, refused: Refused) -> None:
+    (folder / "more.csv").write_text("question,answer\nWhy?\n")
+    assert refused("check", "c.yaml", "-s", "data.0.path=./*.[cj]s[vo]*") == (
+        "more.csv:2: has 1 cells where the header has 2 | a cell with a comma or a line break in it must stand in "
+        '"quotes"'
+    )
 
 
 def test_init_with_a_base_that_is_not_there(folder: Path, refused: Refused) -> None:

@@ -13,7 +13,7 @@ from .conftest import Refused
 def test_a_file_where_the_runs_should_be(stories: Path, refused: Refused) -> None:
     (stories / "runs").write_text("x")
     assert refused("train", "c.yaml", code=1) == (
-        "runs/c: cannot be written: Not a directory | a file is where a folder should be: move it away"
+        "runs/.data: cannot be written: Not a directory | a file is where a folder should be: move it away"
     )
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from .conftest import GOOD, Faults
 
+ENDINGS = "known endings: .jsonl, .json, .csv, .tsv, .parquet, .arrow (also packed: .gz, .zst)"
+
 
 @pytest.mark.parametrize(
     ("extra", "fault"),
@@ -144,17 +146,35 @@ def test_one_fault(faults: Faults, extra: str, fault: str) -> None:
             "file they are written in",
         ),
         (
-            "base: ./base\ndata: [{path: base}]\n",
-            "c.yaml:2: data.0.path: {here}/base is a folder | name one file in it",
+            "base: ./base\ndata: [{path: empty}]\n",
+            "c.yaml:2: data.0.path: {here}/empty: no data file is in this folder | " + ENDINGS,
+        ),
+        (
+            "base: ./base\ndata: [{path: 'row*.json'}]\n",
+            "c.yaml:2: data.0.path: {here}/row*.json: no file matches this pattern | `*` stands for a part of a name, "
+            "`**` for any folders; hidden files are left out",
+        ),
+        (
+            "base: ./base\ndata: [{path: '?.yaml'}]\n",
+            "c.yaml:2: data.0.path: {here}/?.yaml: no data file matches | " + ENDINGS,
+        ),
+        (
+            "base: ./base\ndata: [{path: row.csv.gz}]\n",
+            "c.yaml:2: data.0.path: no such file: {here}/row.csv.gz | paths are relative to the YAML file they are "
+            "written in",
+        ),
+        (
+            "base: ./base\ndata: [{path: rows.tar.zst}]\n",
+            "c.yaml:2: data.0.path: rows.tar.zst is of no known kind | " + ENDINGS,
         ),
         (
             "base: ./base\ndata: [{path: c.yaml}]\n",
-            "c.yaml:2: data.0.path: c.yaml is of no known kind | known endings: .jsonl, .json, .csv, .parquet",
+            "c.yaml:2: data.0.path: c.yaml is of no known kind | " + ENDINGS,
         ),
         (
             "base: ./base\ndata: [{path: a b c}]\n",
             "c.yaml:2: data.0.path: neither a file nor a dataset id: 'a b c' | a file ends in .jsonl, .json, .csv, "
-            ".parquet; a Hub id is owner/name",
+            ".tsv, .parquet, .arrow; a Hub id is owner/name",
         ),
         (
             "base: ./base\ndata: rows.jsonl\n",
@@ -183,6 +203,8 @@ def test_one_fault(faults: Faults, extra: str, fault: str) -> None:
     ],
 )
 def test_what_is_named(faults: Faults, folder: Path, text: str, fault: str) -> None:
+    (folder / "empty").mkdir()
+    (folder / "rows.tar.zst").touch()
     assert faults(text) == [fault.replace("{here}", str(folder))]
 
 
@@ -243,7 +265,7 @@ quantisation: nf4
         "c.yaml:3: data.0.path: given twice (first on line 3)",
         "c.yaml:3: data.0.splt: unknown key",
         f"c.yaml:3: data.0.path: no such file: {folder}/row.jsonl",
-        "c.yaml:4: data.1.on_overlong: expected error, truncate or drop, got 'cut'",
+        "c.yaml:4: data.1.on_overlong: expected error, truncate, split or drop, got 'cut'",
         "c.yaml:5: data.2.path: neither a file nor a dataset id: 'x y z'",
         "c.yaml:6: revision has no effect: base is a local folder, which has no revisions",
         "c.yaml:7: merge keys (<<) are not supported",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import tokenizers
 
@@ -57,6 +59,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write_rows(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     return path
+
+
+def packed(content: bytes, suffix: str) -> bytes:
+    """As a file of that ending holds it."""
+    if suffix == ".gz":
+        return gzip.compress(content)
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as out:
+        out.write(content)
+    found: bytes = sink.getvalue().to_pybytes()
+    return found
 
 
 def question(number: int, answer: str = "") -> dict[str, str]:

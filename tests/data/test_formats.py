@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.config.schema import Format
-from finetune.data.formats import Conversation, convert, detect_format
+from finetune.data.conversation import Conversation
+from finetune.data.formats import convert, detect_format
 from finetune.data.read import Row, read_rows
 from finetune.errors import DataError
 
@@ -125,19 +126,19 @@ def test_white_space_of_a_turn_is_kept() -> None:
         ),
         (
             {"messages": [{"role": "tool", "content": "x"}]},
-            "rows.jsonl:7: messages[1]: role is 'tool' | known roles: system, user, assistant",
+            "rows.jsonl:7: turn 1 is a tool's result, but no tool was called | an assistant's turn with tool_calls",
         ),
         (
             {"messages": [{"role": ["user"], "content": "x"}]},
-            "rows.jsonl:7: messages[1]: role is a list | known roles: system, user, assistant",
+            "rows.jsonl:7: messages[1]: role is a list | known roles: system, developer, user, human, assistant",
         ),
         (
             {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]},
             "rows.jsonl:7: messages[2]: content is null | every turn needs text; remove the row if it has none",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
-            "rows.jsonl:7: messages[1]: content is a list | every turn needs text; remove the row if it has none",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "rows.jsonl:7: messages[1]: content[1]: a part of type 'image_url' | only text can be trained on; remove",
         ),
         (
             {"messages": [{"role": "user", "content": "x"}]},
@@ -159,8 +160,8 @@ def test_white_space_of_a_turn_is_kept() -> None:
         ),
         (
             {"conversations": [{"from": "alien", "value": "x"}]},
-            "rows.jsonl:7: conversations[1]: from is 'alien' | known roles: human, user, gpt, assistant, chatgpt, bot, "
-            "model, system",
+            "rows.jsonl:7: conversations[1]: from is 'alien' | known roles: system, developer, user, human, assistant, "
+            "gpt, chatgpt, bot, model, tool, function, observation, function_response, function_call, tool_call",
         ),
         (
             {"instruct": "a", "output": "b"},

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune.config.schema import Config
-from finetune.data.prepare import PreparedData, TokenRow, prepare
+from finetune.data.prepare import PreparedData, prepare
+from finetune.data.store import TokenRow
 from finetune.errors import BaseError, DataError
 
 from .conftest import write_rows

@@ -6,13 +6,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune.config.schema import Config
-from finetune.data.prepare import IGNORED, PreparedData, prepare, supervised_mask
+from finetune.data.prepare import PreparedData, prepare
+from finetune.data.store import IGNORED
 from finetune.errors import DataError
 
 from .conftest import Prepare, question, write_rows
@@ -75,12 +75,6 @@ def test_loss_on_all(prepared: Prepare) -> None:
     assert all(row.supervised.all() for row in data.train)
 
 
-def test_a_token_belongs_to_where_it_begins() -> None:
-    offsets = np.array([[0, 2], [2, 5], [5, 6], [6, 6], [6, 9], [9, 10]])
-    assert supervised_mask(offsets, [(3, 9)]).tolist() == [False, False, True, True, True, False]
-    assert not supervised_mask(offsets, []).any()
-
-
 # -- the account --------------------------------------------------------------------------------------------------
 
 
@@ -108,20 +102,25 @@ def test_the_account_adds_up_whatever_is_cut(
 ) -> None:
     rows = [question(index, "a" * length) for index, length in enumerate(lengths)]
     try:
-        data = prepared(rows, {"on_overlong": policy}, evaluation={"split": split}, train={"sequence_length": limit})
+        data = prepared(
+            rows,
+            {"on_overlong": policy},
+            evaluation={"split": split, "allow_leakage": True},
+            train={"sequence_length": limit},
+        )
     except DataError as error:
-        if "no row is left to train on" not in str(error):
+        if not any(reason in str(error) for reason in ("no row is left to train on", "leaves none to train on")):
             raise
         return
     assert adds_up(data)
-    assert all(len(row.ids) <= limit and row.supervised[1:].any() for row in data.train + data.held_out)
+    assert all(len(row.ids) <= limit and row.supervised[1:].any() for row in [*data.train, *data.held_out])
     assert data.packs is not None
     assert sorted(index for members in data.packs for index in members) == list(range(len(data.train)))
     if policy == "drop":
         assert data.accounting.truncated == data.accounting.lost_supervised_tokens == 0
     else:
         whole = sum(length + 1 for length in lengths)
-        kept = sum(int(row.supervised.sum()) for row in data.train + data.held_out)
+        kept = sum(int(row.supervised.sum()) for row in [*data.train, *data.held_out])
         fully = data.accounting.lost_supervised_tokens + kept
         assert fully == whole or sum(data.accounting.dropped.values())
 
@@ -131,7 +130,8 @@ def test_overlong_rows_are_an_error_that_says_what_each_way_out_costs(prepared: 
     assert fault(prepared, rows, train={"sequence_length": 40}) == (
         "rows.jsonl:4: 2 of 5 rows are longer than train.sequence_length 40; the first is here, the longest has 123 "
         "tokens (rows.jsonl:5) | raise train.sequence_length to 123, or set in data `on_overlong: truncate` (loses 94 "
-        "tokens with loss, 0 rows whole) or `on_overlong: drop` (loses 2 rows)"
+        "tokens with loss, 0 rows whole), `on_overlong: split` (loses 132) or `on_overlong: drop` (loses 132 in 2 "
+        "rows)"
     )
 
 
@@ -199,9 +199,11 @@ def test_the_split_is_drawn_with_the_seed(prepared: Prepare) -> None:
     other = prepared(ROWS, evaluation={"split": 0.25}, train={"seed": 43})
     assert held_out(first) == held_out(again)
     assert held_out(first) != held_out(other)
-    assert first.packs == again.packs
+    assert first.packs is not None
+    assert again.packs is not None
+    assert [pack.tolist() for pack in first.packs] == [pack.tolist() for pack in again.packs]
     # Known rows, so that a new version of Python or of ours that draws others is noticed.
-    assert held_out(prepared(ROWS, evaluation={"split": 3})) == ["rows.jsonl:2", "rows.jsonl:8", "rows.jsonl:18"]
+    assert held_out(prepared(ROWS, evaluation={"split": 3})) == ["rows.jsonl:19", "rows.jsonl:8", "rows.jsonl:18"]
 
 
 @given(number=st.integers(2, 60), split=st.floats(0.001, 0.999) | st.integers(1, 70))
@@ -254,11 +256,11 @@ def test_without_packing_each_row_is_a_sequence(prepared: Prepare) -> None:
 
 
 def test_progress_is_told_to_the_end(here: Path, byte_base: Path) -> None:
-    told: list[tuple[int, int]] = []
+    told: list[int] = []
     values = {
         "base": str(byte_base),
         "chat_template": "chatml",
         "data": [{"path": str(write_rows(here / "rows.jsonl", [question(number) for number in range(1200)]))}],
     }
-    prepare(Config.model_validate(values), byte_base, on_progress=lambda done, total: told.append((done, total)))
-    assert told == [(1000, 1200), (1140, 1200), (1200, 1200)]
+    prepare(Config.model_validate(values), byte_base, on_progress=told.append)
+    assert told == [1000, 1200]

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.formats import Message
-from finetune.data.template import CHATML, PLAIN, ChatTemplate, TemplateRefusal, choose_template, end_of_turn
+from finetune.data.answers import AnswerFinder
+from finetune.data.conversation import Conversation, Message
+from finetune.data.jinja import TemplateRefusal
+from finetune.data.template import CHATML, PLAIN, ChatTemplate, choose_template, end_of_turn
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import BaseError, FinetuneError
 
@@ -25,13 +27,15 @@ def template(source: str) -> ChatTemplate:
 
 
 def answers(source: str, messages: list[Message]) -> list[str]:
-    whole, spans = template(source).render_with_answers(messages)
-    return [whole[begin:end] for begin, end in spans]
+    conversation = Conversation(tuple(messages), "here")
+    rendered = AnswerFinder(template(source)).render(conversation, conversation.trained("assistant"))
+    assert rendered.text == template(source).render(messages)
+    return [rendered.text[begin:end] for begin, end in rendered.spans]
 
 
 def refused(source: str, messages: list[Message]) -> str:
     with pytest.raises(TemplateRefusal) as caught:
-        template(source).render_with_answers(messages)
+        answers(source, messages)
     return str(caught.value)
 
 
@@ -116,8 +120,8 @@ def test_leading_white_space_with_a_template_that_opens_a_thinking_block() -> No
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
         ("{{ 1 // 0 }}", "integer division or modulo by zero"),
         ("{{ 'a' + 1 }}", 'can only concatenate str (not "int") to str'),
-        ("{{ messages[0].content }}", "it writes nothing for turn 2"),
-        ("fixed", "it leaves out or changes turn 1, the user's"),
+        ("{{ messages[0].content }}", "it leaves out or changes the answer of turn 2"),
+        ("fixed", "it leaves out or changes the answer of turn 2"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "it ends turn 2 without an end-of-turn token"),
         ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", "it leaves out or changes turn 1"),
         (
@@ -231,7 +235,7 @@ PIECES += ["generation", "endgeneration", "macro", "\n", "{#", "#}", "endif", "b
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=25).map("".join))
 def test_any_template_renders_or_is_refused(source: str) -> None:
     with contextlib.suppress(TemplateRefusal, FinetuneError):
-        template(source).render_with_answers(ASK)
+        answers(source, ASK)
 
 
 # -- which template, and what ends an answer ----------------------------------------------------------------------

@@ -40,8 +40,8 @@ def test_the_loss_is_the_mean_over_all_tokens_with_loss(
     _, data, loaded = setting
     total, tokens = 0.0, 0
     for row in data.held_out:
-        ids = torch.from_numpy(row.ids).long()[None]
-        labels = torch.from_numpy(row.labels()).long()[None]
+        ids = torch.tensor(row.ids.tolist())[None]
+        labels = torch.tensor(row.labels().tolist())[None]
         with torch.no_grad():
             logits = loaded.model(input_ids=ids).logits
         total += float(torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum"))

@@ -36,6 +36,15 @@ def test_a_manifest_says_what_a_run_is_made_of(loaded: LoadedConfig, tmp_path: P
     assert found["started"].endswith("Z")
 
 
+def test_every_file_of_a_folder_or_a_pattern_is_in_the_manifest(loaded: LoadedConfig, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.csv").write_text("text\nb\n")
+    (tmp_path / "more" / "notes.txt").write_text("no data")
+    several = load(Path("c.yaml"), ["data.0.path=more", "evaluation.path=./*.jsonl"])
+    names = [tmp_path / "more" / "b.csv", tmp_path / "held.jsonl", tmp_path / "rows.jsonl"]
+    assert provenance(several)["data"] == {str(name): hashlib.sha256(name.read_bytes()).hexdigest() for name in names}
+
+
 def test_changed_keys_are_named_by_their_dotted_key(loaded: LoadedConfig) -> None:
     before = as_plain(loaded.config)
     after = as_plain(load(Path("c.yaml"), ["lora.rank=8", "train.max_steps=5", "lora.targets=[a]"]).config)

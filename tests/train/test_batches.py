@@ -6,15 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.data.formats import Conversation
-from finetune.data.prepare import TokenRow
-from finetune.train.batches import Collator, _dataset
+from finetune.data.store import TokenRow
+from finetune.train.batches import Collator, as_dataset
 from tests.train.conftest import TINY
 
 
 def row(ids: list[int], supervised_from: int) -> TokenRow:
     mask = np.arange(len(ids)) >= supervised_from
-    return TokenRow(np.array(ids, dtype=np.int32), mask, Conversation((), "here"))
+    return TokenRow(np.array(ids, dtype=np.int32), mask, "here")
+
+
+def collated(sequences: list[list[TokenRow]], pad_id: int = 0) -> dict[str, torch.Tensor]:
+    """A batch of these sequences of rows."""
+    rows = [row for sequence in sequences for row in sequence]
+    numbers = iter(range(len(rows)))
+    dataset = as_dataset([[next(numbers) for _ in sequence] for sequence in sequences])
+    return Collator(rows.__getitem__, pad_id)(list(dataset))
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +45,8 @@ def nll(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, 
 def test_packed_rows_have_the_loss_of_the_rows_apart(model: torch.nn.Module) -> None:
     generator = np.random.default_rng(0)
     rows = [row(generator.integers(5, 1500, size=n).tolist(), n // 3) for n in (17, 40, 5, 23)]
-    collate = Collator(pad_id=0)
-    packed = collate(list(_dataset([rows[:2], rows[2:]])))
-    apart = collate(list(_dataset([[one] for one in rows])))
+    packed = collated([rows[:2], rows[2:]])
+    apart = collated([[one] for one in rows])
     packed_loss, packed_tokens = nll(model, packed)
     apart_loss, apart_tokens = nll(model, apart)
     assert packed_tokens == apart_tokens
@@ -50,10 +56,9 @@ def test_packed_rows_have_the_loss_of_the_rows_apart(model: torch.nn.Module) -> 
 
 def test_a_packed_row_does_not_change_when_its_neighbour_does(model: torch.nn.Module) -> None:
     mine = row(list(range(100, 130)), 1)
-    collate = Collator(pad_id=0)
     logits = []
     for neighbour in (row([7] * 20, 1), row([8] * 20, 1)):
-        batch = collate(list(_dataset([[neighbour, mine]])))
+        batch = collated([[neighbour, mine]])
         batch.pop("labels")
         with torch.no_grad():
             logits.append(model(**batch, use_cache=False).logits[0, 20:])
@@ -61,12 +66,12 @@ def test_a_packed_row_does_not_change_when_its_neighbour_does(model: torch.nn.Mo
 
 
 def test_the_first_token_of_a_packed_row_is_not_predicted_from_the_row_before() -> None:
-    batch = Collator(pad_id=0)(list(_dataset([[row([1, 2, 3], 0), row([4, 5], 0)]])))
+    batch = collated([[row([1, 2, 3], 0), row([4, 5], 0)]])
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
 
 
 def test_padding_carries_no_loss() -> None:
-    batch = Collator(pad_id=9)(list(_dataset([[row([1, 2, 3], 1)], [row([4, 5], 1)]])))
+    batch = collated([[row([1, 2, 3], 1)], [row([4, 5], 1)]], pad_id=9)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [-100, 5, -100]]

@@ -1,0 +1,117 @@
+"""The bytes of a file, unpacked on the way if its name says .gz or .zst, and never more of them at once than needed."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.config.schema import PACKED_SUFFIXES
+from finetune.errors import DataError
+
+MAX_LINE = 1_000_000_000
+"""No line is longer, in bytes. Also what keeps a few kB of archive from unpacking into all the memory there is."""
+
+_MAGIC = {".gz": (b"\x1f\x8b",), ".zst": (b"\x28\xb5\x2f\xfd", b"\x2a\x4d\x18")}
+"""What an archive begins with; for .zst also, from its second byte on, a frame to be skipped (RFC 8878, 3.1.2)."""
+
+_BLOCK = 1 << 20
+
+
+def is_packed(path: Path) -> bool:
+    return path.name.lower().endswith(PACKED_SUFFIXES)
+
+
+@contextlib.contextmanager
+def opened(path: Path, shown: str) -> Iterator[io.BufferedReader]:
+    """A file to read, unpacked. Whatever is wrong with the file or the archive is a DataError."""
+    try:
+        with contextlib.ExitStack() as stack:
+            file: io.BufferedReader = stack.enter_context(open(path, "rb"))
+            name = path.name.lower()
+            while name.endswith(PACKED_SUFFIXES):
+                name, suffix = os.path.splitext(name)
+                file = stack.enter_context(contextlib.closing(_unpacking(file, suffix, shown)))
+            yield file
+    except (OSError, EOFError, zlib.error) as error:
+        if is_packed(path) and getattr(error, "errno", None) is None:
+            # EOFError is gzip's word for an archive that breaks off, "Truncated" the beginning of pyarrow's.
+            cut = isinstance(error, EOFError) or "Truncated" in str(error)
+            raise DataError(
+                "the archive breaks off before its end" if cut else "the archive is damaged",
+                place=shown,
+                hint="copy or download it again; what it held may be incomplete",
+            ) from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"cannot be read: {reason}", place=shown, hint="check the file's permissions") from error
+
+
+def _unpacking(file: io.BufferedReader, suffix: str, shown: str) -> io.BufferedReader:
+    """What an open archive holds, as a stream."""
+    first = file.peek(4)[:4]
+    if not first.startswith(_MAGIC[suffix]) and not (suffix == ".zst" and first[1:] == _MAGIC[suffix][1]):
+        raise DataError(
+            f"not a {suffix} archive, which its name says it is",
+            place=shown,
+            hint=f"remove {suffix} from its name if it is not packed; otherwise copy or download it again",
+        )
+    if suffix == ".gz":
+        # gzip's own readline is a Python function; the buffer's is not, and four times as fast.
+        return io.BufferedReader(gzip.GzipFile(fileobj=file), _BLOCK)
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"), _BLOCK)
+
+
+@contextlib.contextmanager
+def unpacked(path: Path, shown: str) -> Iterator[Path]:
+    """A file that can be read from any place in it: itself, or what an archive holds, for as long as it is needed."""
+    if not is_packed(path):
+        with opened(path, shown):
+            pass  # so that a file that cannot be opened at all is not called damaged
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="ft-unpacked-") as folder:
+        whole = Path(folder) / "file"
+        with opened(path, shown) as source:
+            _write(source, whole, shown)
+        yield whole
+
+
+def _write(source: io.BufferedReader, path: Path, shown: str) -> None:
+    with open(path, "wb") as target:
+        while block := source.read(_BLOCK):
+            try:
+                target.write(block)
+            except OSError as error:
+                free = shutil.disk_usage(path.parent).free
+                raise DataError(
+                    f"cannot be unpacked into {path.parent.parent}: {error.strerror} ({free:,} bytes are free)",
+                    place=shown,
+                    hint="set TMPDIR to a folder with more room, or unpack the file yourself",
+                ) from error
+
+
+def lines(file: io.BufferedReader, shown: str) -> Iterator[bytes]:
+    """The lines of a text file, each with its end. Only a line feed ends one."""
+    number = 0
+    while line := file.readline(MAX_LINE + 1):
+        number += 1
+        if len(line) > MAX_LINE:
+            raise too_long(f"{shown}:{number}")
+        yield line
+
+
+def too_long(place: str) -> DataError:
+    """A line, or a row over several, that no memory should be spent on."""
+    return DataError(
+        f"goes on for more than {MAX_LINE:,} bytes without an end",
+        place=place,
+        hint="nothing so long can be a row: check the line ends and the quotes",
+    )
