@@ -18,6 +18,7 @@ prints its peak memory. Writes benchmarks/results/prepare_data.json.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import resource
@@ -31,6 +32,14 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 2048
+
+
+def template() -> Path:
+    """Qwen2.5's chat template, which TRL has a version with masks of."""
+    found = importlib.util.find_spec("trl")
+    assert found is not None
+    assert found.submodule_search_locations
+    return Path(found.submodule_search_locations[0]) / "chat_templates" / "qwen2_5.jinja"
 
 
 def write_rows(source: Path, path: Path, count: int) -> None:
@@ -71,6 +80,7 @@ def ours(rows: Path, tokenizer: Path) -> dict[str, float]:
 
     values = {
         "base": str(tokenizer),
+        "chat_template": str(template()),
         "data": [{"path": str(rows)}],
         "evaluation": {"split": 0},
         "train": {"sequence_length": LENGTH},
@@ -94,6 +104,7 @@ def trl(rows: Path, tokenizer: Path) -> dict[str, float]:
     shape_ = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=160_000, num_key_value_heads=1, **shape_))
     processing = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
+    processing.chat_template = template().read_text("utf-8")
     with tempfile.TemporaryDirectory(dir=rows.parent) as folder:
         arguments = SFTConfig(
             folder, max_length=LENGTH, packing=True, assistant_only_loss=True, report_to=[], bf16=False, use_cpu=True
@@ -119,11 +130,11 @@ def bare(rows: Path, tokenizer: Path) -> dict[str, float]:
     from finetune.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    template = choose_template(None, loaded, datetime.datetime.now())
+    chat_template = choose_template(str(template()), loaded, datetime.datetime.now())
     texts = []
     with open(rows, encoding="utf-8") as file:
         for line in file:
-            texts.append(template.render([Message(m["role"], m["content"]) for m in json.loads(line)["messages"]]))
+            texts.append(chat_template.render([Message(m["role"], m["content"]) for m in json.loads(line)["messages"]]))
     found, spent = timed(lambda: loaded.backend.encode_batch(texts, add_special_tokens=False))
     return spent | {"tokens": float(sum(len(encoding) for encoding in found))}
 

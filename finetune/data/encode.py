@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from finetune.data.quality import Findings, scan
 from finetune.data.read import Chunk
 from finetune.data.template import refusal
 from finetune.data.tokenizer import Tokenizer
+from finetune.data.widths import ByteWidths, byte_widths, masks
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -114,6 +116,11 @@ class Encoder:
         self._limit, self._loss_on, self._private = sequence_length, loss_on, private
         self._keep = {False: _Smallest(keep), True: _Smallest(keep)}
         self._held_out, self._seed = held_out, seed
+        self._widths: ByteWidths | None = None
+
+    def expect_many(self) -> None:
+        """Make what pays for itself only over many rows: the table of how long tokens are."""
+        self._widths = byte_widths(self._tokenizer)
 
     def encode(self, task: Task) -> Encoded:
         found = Encoded(task.source)
@@ -157,7 +164,7 @@ class Encoder:
     # -- tokens -----------------------------------------------------------------------------------------------
 
     def _rows(self, conversations: Sequence[Conversation], found: Encoded) -> list[_Row]:
-        """One batched pass of the tokenizer over chats, and one over plain texts."""
+        """Render and tokenise. The order of the rows is kept."""
         rendered: list[tuple[Conversation, Rendered | None]] = []
         for conversation in conversations:
             try:
@@ -165,21 +172,57 @@ class Encoder:
             except TemplateRefusal as reason:
                 assert self._finder is not None
                 self._wrong(refusal(self._finder.template, reason, conversation.place), found)
-        encode = self._tokenizer.backend.encode_batch
-        # Rendered conversations already hold their special tokens; plain texts get theirs from the tokenizer.
-        chats = iter(encode([text.text for _, text in rendered if text], add_special_tokens=False))
-        plain = [conversation.text or "" for conversation, text in rendered if text is None]
-        texts = iter(encode(plain, add_special_tokens=True) if plain else ())
+        chats = iter(self._chats([(conversation, text) for conversation, text in rendered if text is not None]))
+        texts = iter(self._texts([conversation for conversation, text in rendered if text is None]))
+        return [next(texts) if text is None else next(chats) for _, text in rendered]
+
+    def _texts(self, conversations: Sequence[Conversation]) -> list[_Row]:
+        """Plain texts, with what the tokenizer puts around a text, and an end."""
+        if not conversations:
+            return []
+        encodings = self._tokenizer.backend.encode_batch_fast(
+            [conversation.text or "" for conversation in conversations]
+        )
         rows = []
-        for conversation, text in rendered:
-            if text is None:
-                ids = np.array([*next(texts).ids, self._tokenizer.eos_id], dtype=np.int32)
-                rows.append(_Row(conversation, ids, np.ones(len(ids), dtype=np.bool_), ids))
-                continue
-            rows.append(self._chat(conversation, text, next(chats)))
+        for conversation, encoding in zip(conversations, encodings, strict=True):
+            ids = np.array([*encoding.ids, self._tokenizer.eos_id], dtype=np.int32)
+            rows.append(_Row(conversation, ids, np.ones(len(ids), dtype=np.bool_), ids))
+        return rows
+
+    def _chats(self, rendered: Sequence[tuple[Conversation, Rendered]]) -> list[_Row]:
+        """Conversations in one batched pass; a rendered conversation already holds its special tokens."""
+        if not rendered:
+            return []
+        backend = self._tokenizer.backend
+        texts = [text.text for _, text in rendered]
+        if self._widths is None:
+            encodings = backend.encode_batch(texts, add_special_tokens=False)
+            return [self._chat(*both, encoding) for both, encoding in zip(rendered, encodings, strict=True)]
+        flat = array("i")
+        counts = []
+        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
+            ids = encoding.ids
+            flat.extend(ids)
+            counts.append(len(ids))
+        tokens, lengths = np.frombuffer(flat, np.int32), np.array(counts, np.int64)
+        own, sound = masks(tokens, lengths, texts, [text.contents for _, text in rendered], self._widths)
+        if self._loss_on == "all":
+            loss = np.ones(len(tokens), np.bool_)
+        else:
+            loss, _ = masks(tokens, lengths, texts, [text.spans for _, text in rendered], self._widths)
+        rows = []
+        begin = 0
+        for (conversation, text), count, is_sound in zip(rendered, counts, sound.tolist(), strict=True):
+            if is_sound:
+                row = slice(begin, begin + count)
+                rows.append(_Row(conversation, tokens[row], loss[row], tokens[row][own[row]]))
+            else:
+                rows.append(self._chat(conversation, text, backend.encode(text.text, add_special_tokens=False)))
+            begin += count
         return rows
 
     def _chat(self, conversation: Conversation, text: Rendered, encoding: tokenizers.Encoding) -> _Row:
+        """One conversation, by the offsets that the tokenizer gives."""
         ids = np.array(encoding.ids, dtype=np.int32)
         if self._loss_on == "all":
             mask = np.ones(len(ids), dtype=np.bool_)

@@ -32,6 +32,8 @@ def encoded(encoder: Encoder, tasks: Iterable[Task]) -> Iterator[Encoded]:
     remaining = iter(tasks)
     first = list(islice(remaining, INLINE_CHUNKS + 1))
     processes = min(available_cores(), MAX_PROCESSES)
+    if len(first) > INLINE_CHUNKS:
+        encoder.expect_many()
     if len(first) <= INLINE_CHUNKS or processes == 1 or sys.platform != "linux":
         # Elsewhere processes do not begin as copies of this one, and the tokenizer's own threads do the sharing.
         for task in chain(first, remaining):
