@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from finetune.data.conversation import REASONING, Conversation, Message
@@ -71,9 +72,7 @@ class _Outline:
 
     def fill(self, values: Sequence[str]) -> Rendered:
         texts = [part if isinstance(part, str) else part.of(values) for part in self.parts]
-        begins = [0]
-        for text in texts:
-            begins.append(begins[-1] + len(text))
+        begins = [0, *accumulate(map(len, texts))]
         spans = [(begins[first], begins[after]) for first, after in self.answers]
         for index, first, after, complaint in self.checks:
             if not _appears(values[index], "".join(texts[first:after])):

@@ -6,8 +6,8 @@ import heapq
 import json
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from finetune.data.quality import Findings, scan
 from finetune.data.read import Chunk
 from finetune.data.template import refusal
 from finetune.data.tokenizer import Tokenizer
-from finetune.data.widths import ByteWidths, byte_widths, masks
+from finetune.data.widths import ByteWidths, Places, byte_widths
 from finetune.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ UNWANTED = "labelled as unwanted (kto, label: false)"
 NOTHING_LEFT = "no token with loss is left"
 TOO_LONG = "longer than train.sequence_length"
 TOO_LONG_TO_SPLIT = "one exchange alone is longer than train.sequence_length"
+
+LANGUAGE_ROWS = 100
+"""Rows of each source whose language is guessed, at half a millisecond each: enough for a summary."""
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
@@ -131,7 +134,7 @@ class Encoder:
             places = [conversation.place for conversation in conversations]
             found.found = scan(texts, places, private=self._private)
             if task.first_of_source:
-                found.languages = dict(language_counts(texts[:200]))
+                found.languages = dict(language_counts(texts[:LANGUAGE_ROWS]))
         source = self._sources[task.source]
         rows = [kept for row in self._rows(conversations, found) for kept in self._fitted(row, source, found)]
         if rows:
@@ -205,14 +208,15 @@ class Encoder:
             flat.extend(ids)
             counts.append(len(ids))
         tokens, lengths = np.frombuffer(flat, np.int32), np.array(counts, np.int64)
-        own, sound = masks(tokens, lengths, texts, [text.contents for _, text in rendered], self._widths)
+        places = Places(tokens, lengths, texts, self._widths)
+        own = places.mask([text.contents for _, text in rendered])
         if self._loss_on == "all":
             loss = np.ones(len(tokens), np.bool_)
         else:
-            loss, _ = masks(tokens, lengths, texts, [text.spans for _, text in rendered], self._widths)
+            loss = places.mask([text.spans for _, text in rendered])
         rows = []
         begin = 0
-        for (conversation, text), count, is_sound in zip(rendered, counts, sound.tolist(), strict=True):
+        for (conversation, text), count, is_sound in zip(rendered, counts, places.sound.tolist(), strict=True):
             if is_sound:
                 row = slice(begin, begin + count)
                 rows.append(_Row(conversation, tokens[row], loss[row], tokens[row][own[row]]))
@@ -372,23 +376,20 @@ class _Smallest:
 
 
 def dump(conversation: Conversation) -> str:
-    return json.dumps(asdict(conversation), ensure_ascii=False)
+    """A conversation as JSON: [messages, place, text, tools, completion]."""
+    messages = [[m.role, m.content, m.tool_calls, m.extra, m.weight] for m in conversation.messages]
+    whole = [messages, conversation.place, conversation.text, conversation.tools, conversation.completion]
+    return json.dumps(whole, ensure_ascii=False)
 
 
 def load(text: str) -> Conversation:
     """The inverse of `dump`."""
-    values: dict[str, Any] = json.loads(text)
-    messages = tuple(
-        Message(
-            message["role"],
-            message["content"],
-            tuple(message["tool_calls"]),
-            tuple((name, value) for name, value in message["extra"]),
-            message["weight"],
-        )
-        for message in values.pop("messages")
-    )
-    return Conversation(messages, **{**values, "tools": tuple(values["tools"])})
+    messages, place, plain, tools, completion = json.loads(text)
+    said = [
+        Message(role, content, tuple(calls), tuple((name, value) for name, value in extra), weight)
+        for role, content, calls, extra, weight in messages
+    ]
+    return Conversation(tuple(said), place, plain, tuple(tools), completion)
 
 
 def supervised_mask(encoding: tokenizers.Encoding, spans: Sequence[tuple[int, int]], length: int) -> Mask:

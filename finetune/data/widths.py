@@ -58,38 +58,43 @@ def byte_widths(tokenizer: Tokenizer) -> ByteWidths | None:
     return ByteWidths(tokenizer)
 
 
-def masks(
-    ids: npt.NDArray[np.int32],
-    counts: npt.NDArray[np.int64],
-    texts: Sequence[str],
-    spans: Sequence[Sequence[tuple[int, int]]],
-    widths: ByteWidths,
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """(mask, sound): which tokens begin inside their text's spans, and for which texts that is sure.
+class Places:
+    """Where each token begins, for texts whose tokens stand one after the other in one array."""
 
-    `ids` (tokens,) holds the tokens of all texts one after the other, `counts` (texts,) how many are whose; `spans` are
-    in characters. `sound` (texts,) is False where the bytes do not add up to the text.
-    """
-    begins = np.concatenate(([0], np.cumsum(widths.of(ids))))
-    firsts = np.concatenate(([0], np.cumsum(counts)))
-    sizes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts], np.int64)
-    sound = np.diff(begins[firsts]) == sizes
-    sound &= np.array([widths.holds(text) for text in texts], np.bool_)
-    edges = [
-        (base + _bytes(text, begin), base + _bytes(text, end))
-        for base, text, own in zip(begins[firsts[:-1]].tolist(), texts, spans, strict=True)
-        for begin, end in own
-    ]
-    rows = np.repeat(np.arange(len(texts)), [2 * len(own) for own in spans])
-    places = np.searchsorted(begins[:-1], np.array(edges, np.int64).reshape(-1))
-    # What is not sound must not reach into its neighbours.
-    places = np.clip(places, firsts[rows], firsts[rows + 1])
-    steps = np.zeros(len(ids) + 1, np.int64)
-    np.add.at(steps, places[0::2], 1)
-    np.add.at(steps, places[1::2], -1)
-    return np.cumsum(steps[:-1]) > 0, sound
+    def __init__(
+        self,
+        ids: npt.NDArray[np.int32],
+        counts: npt.NDArray[np.int64],
+        texts: Sequence[str],
+        widths: ByteWidths,
+    ) -> None:
+        """`ids` (tokens,) holds the tokens of all texts, `counts` (texts,) how many are whose."""
+        self._begins = np.concatenate(([0], np.cumsum(widths.of(ids))))
+        self._firsts = np.concatenate(([0], np.cumsum(counts)))
+        self._texts = texts
+        self._ascii = [text.isascii() for text in texts]
+        sizes = [len(t) if plain else len(t.encode()) for t, plain in zip(texts, self._ascii, strict=True)]
+        self.sound = np.diff(self._begins[self._firsts]) == np.array(sizes, np.int64)
+        """(texts,) bool: False where the bytes of the tokens do not add up to the text."""
+        for number, plain in enumerate(self._ascii):
+            if not plain and not widths.holds(texts[number]):
+                self.sound[number] = False
 
-
-def _bytes(text: str, characters: int) -> int:
-    """How many bytes the first characters of a text are."""
-    return characters if text.isascii() else len(text[:characters].encode())
+    def mask(self, spans: Sequence[Sequence[tuple[int, int]]]) -> npt.NDArray[np.bool_]:
+        """(tokens,): which tokens begin inside their text's spans, given in characters."""
+        edges: list[int] = []
+        for base, text, plain, own in zip(
+            self._begins[self._firsts[:-1]].tolist(), self._texts, self._ascii, spans, strict=True
+        ):
+            for begin, end in own:
+                if not plain:
+                    begin, end = len(text[:begin].encode()), len(text[:end].encode())
+                edges += (base + begin, base + end)
+        rows = np.repeat(np.arange(len(self._texts)), [2 * len(own) for own in spans])
+        places = np.searchsorted(self._begins[:-1], np.array(edges, np.int64))
+        # What is not sound must not reach into its neighbours.
+        places = np.clip(places, self._firsts[rows], self._firsts[rows + 1])
+        steps = np.zeros(len(self._begins), np.int32)
+        np.add.at(steps, places[0::2], 1)
+        np.add.at(steps, places[1::2], -1)
+        return np.cumsum(steps[:-1], dtype=np.int32) > 0

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.encode import supervised_mask
-from finetune.data.widths import byte_widths, masks
+from finetune.data.widths import Places, byte_widths
 
 from .conftest import cached_tokenizer
 
@@ -34,7 +34,8 @@ def test_the_mask_is_what_the_offsets_say(assets: Path, folder: str, said: list[
     encodings = tokenizer.backend.encode_batch(said, add_special_tokens=False)
     ids = np.array([token for encoding in encodings for token in encoding.ids], np.int32)
     counts = np.array([len(encoding) for encoding in encodings], np.int64)
-    found, sound = masks(ids, counts, said, spans, widths)
+    places = Places(ids, counts, said, widths)
+    found, sound = places.mask(spans), places.sound
     begin = 0
     assert sound.any() or not all(text.isascii() for text in said)
     for text, own, encoding, sure in zip(said, spans, encodings, sound.tolist(), strict=True):
@@ -62,8 +63,7 @@ def test_text_that_is_normalised_on_the_way_is_not_vouched_for(assets: Path, fol
     encodings = tokenizer.backend.encode_batch(said, add_special_tokens=False)
     ids = np.array([token for encoding in encodings for token in encoding.ids], np.int32)
     counts = np.array([len(encoding) for encoding in encodings], np.int64)
-    _, sound = masks(ids, counts, said, [[], [], []], widths)
-    assert sound.tolist() == [tokenizer.backend.normalizer is None, True, True]
+    assert Places(ids, counts, said, widths).sound.tolist() == [tokenizer.backend.normalizer is None, True, True]
 
 
 @pytest.mark.parametrize("folder", ["tokenizers/phi-3", "models/stories260K"])
