@@ -6,13 +6,14 @@
 The rows: conversations of one or two exchanges, cut from the answers of a JSON Lines file of real prose (its column
 `answer`). Three ways, each in a process of its own, in turn, timed after its imports:
 
-    ours   `finetune.data.prepare.prepare`: read, check, render, tokenise, mask, look for secrets and duplicates, pack,
-           write to disk
-    trl    SFTTrainer's preparation of the same rows: template, assistant mask, packing (bfd) at the same length
-    bare   `encode_batch` over the same rendered text, which is all in memory already
+    ours   `finetune.data.prepare.prepare`: load the tokenizer, read, check, render, tokenise, mask, look for secrets
+           and duplicates, pack, write to disk
+    trl    load the tokenizer and the rows, and SFTTrainer's preparation: template, assistant mask, packing (bfd)
+    bare   `encode_batch` over the same rendered text, all of it in memory already, as the tokenizer is
 
-Wall and CPU seconds are medians; ratios are medians of the pairs. `--memory` runs ours alone at the given sizes and
-prints its peak memory. Writes benchmarks/results/prepare_data.json.
+Wall and CPU seconds are medians; ratios are medians of the pairs. `--memory` runs ours alone at the given sizes, with
+rows a fifth as long, and prints its peak memory (of the largest of its processes). Writes
+benchmarks/results/prepare_data.json, or prepare_data_memory.json.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def template() -> Path:
     return Path(found.submodule_search_locations[0]) / "chat_templates" / "qwen2_5.jinja"
 
 
-def write_rows(source: Path, path: Path, count: int) -> None:
-    """`count` conversations, each different, from the words of `source`."""
+def write_rows(source: Path, path: Path, count: int, share: int = 1) -> None:
+    """`count` conversations, each different, from the words of `source`; `share` divides their length."""
     with open(source, encoding="utf-8") as file:
         words = [word for line in file for word in json.loads(line)["answer"].split(" ") if word]
     with open(path, "w", encoding="utf-8") as out:
@@ -52,11 +53,11 @@ def write_rows(source: Path, path: Path, count: int) -> None:
             turns: list[dict[str, str]] = [{"role": "system", "content": "You answer questions about health."}]
             for _ in range(1 + number % 2):
                 for role, length in (("user", 20), ("assistant", 60 if number % 2 else 120)):
-                    length += number * 7919 % 40
+                    length = (length + number * 7919 % 40) // share
                     taken = words[at : at + length]
                     if len(taken) < length:
                         # The text is used again from another place on, so that no row repeats another.
-                        at = number % 97 + 1
+                        at = number % 9973 + 1
                         taken = words[at : at + length]
                     at += length
                     turns.append({"role": role, "content": " ".join(taken)})
@@ -103,14 +104,14 @@ def trl(rows: Path, tokenizer: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     shape_ = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=160_000, num_key_value_heads=1, **shape_))
-    processing = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
-    processing.chat_template = template().read_text("utf-8")
     with tempfile.TemporaryDirectory(dir=rows.parent) as folder:
         arguments = SFTConfig(
             folder, max_length=LENGTH, packing=True, assistant_only_loss=True, report_to=[], bf16=False, use_cpu=True
         )
 
         def work() -> Any:
+            processing = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
+            processing.chat_template = template().read_text("utf-8")
             dataset = load_dataset("json", data_files=str(rows), split="train", cache_dir=folder)
             return SFTTrainer(model, arguments, train_dataset=dataset, processing_class=processing).train_dataset
 
@@ -193,7 +194,7 @@ def main() -> None:
         if chosen.memory:
             with tempfile.TemporaryDirectory() as folder:
                 rows = Path(folder) / "rows.jsonl"
-                write_rows(chosen.text, rows, count)
+                write_rows(chosen.text, rows, count, 5)
                 results.append({"rows": count} | in_a_process("ours", rows, chosen.tokenizer.absolute()))
         else:
             results.append(compare(chosen.text, chosen.tokenizer.absolute(), count, chosen.repeat))

@@ -186,6 +186,8 @@ class _Symbolic:
             return found
         own = set(self._contents[index].values())
         first = next((n for n, part in enumerate(full) if not isinstance(part, str) and part.sources() & own), None)
+        if first is None and own:
+            raise TemplateRefusal(_left_out(index + 1, "assistant", True))
         if first is None:
             return self._parting(full, prompt, index)
         return (first, 0)

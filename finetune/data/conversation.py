@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,11 +71,6 @@ class Conversation:
             if message.tool_calls:
                 found.append(json.dumps(message.tool_calls, ensure_ascii=False))
         return found
-
-
-def last_prompt(conversation: Conversation) -> Sequence[Message]:
-    """The conversation up to, and without, its last answer."""
-    return conversation.messages[:-1]
 
 
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,10 @@ NOTHING_LEFT = "no token with loss is left"
 TOO_LONG = "longer than train.sequence_length"
 TOO_LONG_TO_SPLIT = "one exchange alone is longer than train.sequence_length"
 
+BATCH = 64
+"""Texts that the tokenizer gets at a time. It keeps ten times the size of a text while it works: with a thousand at a
+time, which is more than a processor's cache holds, it takes a quarter longer."""
+
 LANGUAGE_ROWS = 100
 """Rows of each source whose language is guessed, at half a millisecond each: enough for a summary."""
 
@@ -203,10 +207,11 @@ class Encoder:
             return [self._chat(*both, encoding) for both, encoding in zip(rendered, encodings, strict=True)]
         flat = array("i")
         counts = []
-        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
-            ids = encoding.ids
-            flat.extend(ids)
-            counts.append(len(ids))
+        for begin in range(0, len(texts), BATCH):
+            for encoding in backend.encode_batch_fast(texts[begin : begin + BATCH], add_special_tokens=False):
+                ids = encoding.ids
+                flat.extend(ids)
+                counts.append(len(ids))
         tokens, lengths = np.frombuffer(flat, np.int32), np.array(counts, np.int64)
         places = Places(tokens, lengths, texts, self._widths)
         own = places.mask([text.contents for _, text in rendered])

@@ -16,19 +16,15 @@ from finetune.errors import DataError
 
 
 def detect_format(rows: Sequence[Row]) -> str:
-    """The one format that all of these rows fit, by their columns.
+    """The one format that these rows fit, by their columns. A row that fits none is wrong in whichever it is.
 
-    Raises DataError when a row fits none, or when rows fit different ones.
+    Raises DataError when no row fits any, or when rows fit different ones.
     """
     found: str | None = None
     for row in rows:
         format_ = next((name for name, fits in _SIGNATURES if fits(row.values)), None)
         if format_ is None:
-            raise DataError(
-                f"of no known format: its columns are {', '.join(map(str, row.values)) or 'none'}",
-                place=row.place,
-                hint="rename them with `columns:`, for instance columns: {prompt: question, completion: answer}",
-            )
+            continue
         if found is not None and format_ != found:
             raise DataError(
                 f"looks like {format_}, but the rows before it like {found}",
@@ -36,7 +32,12 @@ def detect_format(rows: Sequence[Row]) -> str:
                 hint="put rows of different formats into different files",
             )
         found = format_
-    assert found is not None, "read_rows yields at least one row"
+    if found is None:
+        raise DataError(
+            f"of no known format: its columns are {', '.join(map(str, rows[0].values)) or 'none'}",
+            place=rows[0].place,
+            hint="rename them with `columns:`, for instance columns: {prompt: question, completion: answer}",
+        )
     return found
 
 

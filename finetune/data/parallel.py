@@ -15,7 +15,7 @@ from itertools import chain, islice
 from finetune.data.encode import Encoded, Encoder, Task
 from finetune.errors import WorldError
 
-INLINE_CHUNKS = 2
+INLINE_CHUNKS = 3
 """Up to so many chunks are encoded here: starting processes takes as long as encoding one."""
 
 MAX_PROCESSES = 16

@@ -32,7 +32,7 @@ from finetune.data.parallel import encoded
 from finetune.data.quality import length_outliers
 from finetune.data.read import Chunk, Row, no_rows, read_chunks, shown_path
 from finetune.data.split import hold_out, leaks, weighted
-from finetune.data.store import Packs, Rows, Store, StoreWriter
+from finetune.data.store import DamagedStore, Packs, Rows, Store, StoreWriter
 from finetune.data.take import taken
 from finetune.data.template import ChatTemplate, choose_template, training_version
 from finetune.data.tokenizer import Tokenizer, load_tokenizer
@@ -135,7 +135,7 @@ def _prepare(
     folder = kept.find(key) if key is not None else None
     store = None
     if folder is not None and key is not None:
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError):
+        with contextlib.suppress(DamagedStore):
             store = Store(folder)
         if store is None:
             kept.drop(key)
@@ -184,7 +184,6 @@ class _Preparation:
         self._overlong = Overlong()
         self._row_sources: list[npt.NDArray[np.int16]] = []
         self._keys: list[npt.NDArray[np.uint64]] = []
-        self._signatures: list[npt.NDArray[np.uint16]] = []
         self._total = 0
 
     def run(self) -> None:
@@ -269,11 +268,11 @@ class _Preparation:
     # -- chunk by chunk -------------------------------------------------------------------------------------------
 
     def _take(self, part: Encoded) -> None:
-        accounting = self._accounting
-        self._writer.add(part.ids, part.supervised, part.lengths, part.places, part.conversations)
+        accounting, writer = self._accounting, self._writer
+        writer.add(part.ids, part.supervised, part.lengths, part.places, part.conversations)
         self._row_sources.append(np.full(len(part.lengths), part.source, dtype=np.int16))
         self._keys.append(part.keys)
-        self._signatures.append(part.signatures)
+        writer.add_signatures(part.signatures)
         accounting.read += part.read
         for reason, (count, place) in part.dropped.items():
             accounting.drop(reason, place, count)
@@ -339,8 +338,7 @@ class _Preparation:
         config, accounting, writer = self._config, self._accounting, self._writer
         sources = np.concatenate(self._row_sources)
         keys = np.concatenate(self._keys)
-        labels = near_duplicates(keys, np.concatenate(self._signatures))
-        self._signatures.clear()
+        labels = near_duplicates(keys, writer.signatures())
         lengths = writer.lengths()
         if self._own:
             mine = sources == len(self._sources) - 1
@@ -369,9 +367,7 @@ class _Preparation:
             packs = pack(lengths[order].tolist(), config.train.sequence_length)
             # Packs come out longest rows first; the order of training must not follow length.
             random.Random(config.train.seed).shuffle(packs)
-        writer.finish(
-            train=order, held_out=held_out, packs=packs, sources=sources, about={"accounting": asdict(accounting)}
-        )
+        writer.finish(train=order, held_out=held_out, packs=packs, about={"accounting": asdict(accounting)})
 
     def _report(
         self,

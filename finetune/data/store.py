@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import mmap
+import os
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +24,7 @@ import numpy.typing as npt
 
 from finetune.data.conversation import Conversation
 from finetune.data.encode import load
-from finetune.runs.files import storage_errors, sync_folder, write_json
+from finetune.runs.files import sync_folder, write_json
 
 IGNORED = -100
 """The label of a token without loss, as in torch's cross entropy."""
@@ -55,9 +57,11 @@ class StoreWriter:
         self._ids = self._open("ids.bin")
         self._supervised = self._open("supervised.bin")
         self._places = self._open("places.txt")
+        self._signatures = self._open("signatures.bin")
         self._lengths: list[npt.NDArray[np.int64]] = []
         self._place_lengths: list[npt.NDArray[np.int64]] = []
         self._sums: list[npt.NDArray[np.int64]] = []
+        self._signature_width = 0
         self.conversations: dict[int, str] = {}
         self.rows = 0
         self.longest = (0, "")
@@ -92,6 +96,19 @@ class StoreWriter:
         self.conversations.update({self.rows + index: text for index, text in conversations.items()})
         self.rows += len(lengths)
 
+    def add_signatures(self, signatures: npt.NDArray[np.uint16]) -> None:
+        """Set aside what rows are compared by, (rows, n): of a million rows it would fill 128 MB of memory."""
+        self._signatures.write(signatures.data)
+        self._signature_width = signatures.shape[1]
+
+    def signatures(self) -> npt.NDArray[np.uint16]:
+        """All that were set aside. They are not kept."""
+        self._signatures.flush()
+        path = Path(self._signatures.name)
+        found = _mapped(path, np.dtype(np.uint16)).reshape(-1, self._signature_width)
+        path.unlink()
+        return found
+
     def _open(self, name: str) -> BinaryIO:
         return self._files.enter_context(open(self.folder / name, "wb"))
 
@@ -115,10 +132,12 @@ class StoreWriter:
         train: Indices,
         held_out: Indices,
         packs: Sequence[Sequence[int]] | None,
-        sources: npt.NDArray[np.int16],
         about: dict[str, Any],
     ) -> None:
         """Write the rest: which rows are what, and everything that is not about a single row."""
+        for file in (self._ids, self._supervised, self._places):
+            file.flush()
+            os.fsync(file.fileno())
         self.close()
         arrays: dict[str, npt.NDArray[Any]] = {
             "begins": _begins(self._lengths),
@@ -126,40 +145,50 @@ class StoreWriter:
             "supervised": np.concatenate(self._sums) if self._sums else np.zeros(0, np.int64),
             "train": train,
             "held_out": held_out,
-            "sources": sources,
         }
         if packs is not None:
             arrays["packed"] = np.fromiter((row for pack in packs for row in pack), np.int64, len(train))
             arrays["pack_begins"] = _begins([np.array([len(pack) for pack in packs], dtype=np.int64)])
         with open(self.folder / "rows.npz", "wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type,unused-ignore]
+            file.flush()
+            os.fsync(file.fileno())
         wanted = {str(row): self.conversations[row] for row in held_out.tolist() if row in self.conversations}
         write_json(self.folder / "data.json", {**about, "conversations": wanted})
         sync_folder(self.folder)
+
+
+class DamagedStore(Exception):
+    """A folder that does not hold what it should; whoever asked for it makes it anew."""
 
 
 class Store:
     """A folder of prepared rows, opened. Rows are numbered as they were read, over all sources."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises DamagedStore where it is not what was written."""
         self.folder = folder
-        with storage_errors(folder):
-            self.about: dict[str, Any] = json.loads((folder / "data.json").read_text("utf-8"))
-            with np.load(folder / "rows.npz", allow_pickle=False) as arrays:
-                found = dict(arrays)
-            self.begins: Indices = found["begins"]
-            self._place_begins: Indices = found["place_begins"]
-            self.supervised_counts: Indices = found["supervised"]
-            self.train: Indices = found["train"]
-            self.held_out: Indices = found["held_out"]
-            self.sources: npt.NDArray[np.int16] = found["sources"]
-            self.packs = Packs(found["packed"], found["pack_begins"]) if "packed" in found else None
-            self._ids: npt.NDArray[np.int32] = _mapped(folder / "ids.bin", np.dtype("<i4"))
-            self._supervised: npt.NDArray[np.bool_] = _mapped(folder / "supervised.bin", np.dtype(np.bool_))
-            self._places = _mapped(folder / "places.txt", np.dtype(np.uint8))
-            whole = len(self._ids) == len(self._supervised) == self.begins[-1]
-            if not whole or len(self._places) != self._place_begins[-1]:
-                raise ValueError("files of different lengths")
+        try:
+            self._read(folder)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise DamagedStore(str(folder)) from error
+
+    def _read(self, folder: Path) -> None:
+        self.about: dict[str, Any] = json.loads((folder / "data.json").read_text("utf-8"))
+        with open(folder / "rows.npz", "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            found = dict(arrays)
+        self.begins: Indices = found["begins"]
+        self._place_begins: Indices = found["place_begins"]
+        self.supervised_counts: Indices = found["supervised"]
+        self.train: Indices = found["train"]
+        self.held_out: Indices = found["held_out"]
+        self.packs = Packs(found["packed"], found["pack_begins"]) if "packed" in found else None
+        self._ids: npt.NDArray[np.int32] = _mapped(folder / "ids.bin", np.dtype("<i4"))
+        self._supervised: npt.NDArray[np.bool_] = _mapped(folder / "supervised.bin", np.dtype(np.bool_))
+        self._places = _mapped(folder / "places.txt", np.dtype(np.uint8))
+        whole = len(self._ids) == len(self._supervised) == self.begins[-1]
+        if not whole or len(self._places) != self._place_begins[-1]:
+            raise ValueError("files of different lengths")
         self._conversations: dict[str, str] = self.about["conversations"]
 
     @cached_property
@@ -180,10 +209,6 @@ class Store:
     def place(self, index: int) -> str:
         begin, end = self._place_begins[index], self._place_begins[index + 1] - 1
         return self._places[begin:end].tobytes().decode()
-
-    def kept(self, index: int) -> bool:
-        """Whether a row's conversation was kept."""
-        return str(index) in self._conversations
 
 
 class Rows(Sequence[TokenRow]):

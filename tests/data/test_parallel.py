@@ -91,4 +91,4 @@ def test_few_chunks_stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def tasks() -> Iterator[Any]:
         yield from range(parallel.INLINE_CHUNKS)
 
-    assert list(parallel.encoded(Fake(), tasks())) == [0, 1]  # type: ignore[arg-type]
+    assert list(parallel.encoded(Fake(), tasks())) == [0, 1, 2]  # type: ignore[arg-type]

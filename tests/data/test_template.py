@@ -127,7 +127,7 @@ def test_leading_white_space_with_a_template_that_opens_a_thinking_block() -> No
         (
             "{% for m in messages %}{{ m.content if m.role == 'user' else 'const' }}</s>{% endfor %}"
             "{% if add_generation_prompt %}?{% endif %}",
-            "where it puts the answer of turn 2 cannot be proven",
+            "it leaves out or changes the answer of turn 2",
         ),
     ],
 )

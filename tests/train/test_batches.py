@@ -24,11 +24,12 @@ def collated(sequences: list[list[TokenRow]], pad_id: int = 0) -> dict[str, torc
     return Collator(rows.__getitem__, pad_id)(list(dataset))
 
 
-@pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def model(request: pytest.FixtureRequest) -> torch.nn.Module:
+    """The one backend that is selected (`model/base.py`), and the plain one that others are measured by."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation=request.param).eval()
 
 
 def nll(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, int]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from finetune.errors import DataError
 
-CHUNK_ROWS = 1000
+CHUNK_ROWS = 500
 CHUNK_BYTES = 4_000_000
 """A chunk ends at whichever comes first: enough rows to be worth sending, few enough bytes to hold many of them."""
 
