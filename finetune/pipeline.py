@@ -103,8 +103,17 @@ def prepare_shown(config: Config, folder: Path, cache: Path, console: Console) -
     """Prepare the data, with progress and an account of what was read."""
     with console.progress("tokenising", unit="rows") as progress:
         data = prepare(config, folder, cache=cache, on_progress=progress.update)
-    for line in account(data):
-        console.say(line)
+    console.event(
+        "data",
+        cached=data.cached,
+        tokens=data.tokens,
+        supervised_tokens=data.supervised_tokens,
+        sequences=data.sequences,
+        accounting=data.accounting.as_dict(),
+    )
+    if not console.json_events:
+        for line in account(data):
+            console.say(line)
     return data
 
 

@@ -14,7 +14,6 @@ end-of-turn token as the turn has when it is the last.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -32,7 +31,7 @@ from finetune.data.symbolic import (
     Untracked,
     whole,
 )
-from finetune.data.template import ChatTemplate
+from finetune.data.template import MARKER, ChatTemplate
 
 Span = tuple[int, int]
 
@@ -40,6 +39,10 @@ MAX_OUTLINES = 16
 """Of one shape of conversation, with what they depend on. Beyond that, looking for the right one is the slower way."""
 
 MAX_SHAPES = 2000
+
+
+NEXT = Content(-1)
+"""A user's turn that is not there, to see what a template writes before it."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,11 @@ class AnswerFinder:
         self._compiled = template.compiled_in(self._environment)
         self._outlines: dict[Any, list[_Outline]] = {}
 
-    def render(self, conversation: Conversation, trained: Sequence[int]) -> Rendered:
-        """The text, and the spans of the messages whose indices are `trained`. Raises TemplateRefusal."""
+    def render(self, conversation: Conversation, trained: Sequence[int] | None) -> Rendered:
+        """The text, and the spans of the messages whose indices are `trained`. Raises TemplateRefusal.
+
+        With None, for a loss on all of the text, there are no spans, but no message may be left out.
+        """
         messages = conversation.messages
         values: list[str] = []
         shape: list[Any] = []
@@ -109,7 +115,7 @@ class AnswerFinder:
                     shape.append(text)
             if message.tool_calls:
                 shareable = False
-        key = (*shape, None, *trained)
+        key = (*shape, None, *(trained if trained is not None else (None,)))
         known = self._outlines.get(key, ())
         if shareable:
             for outline in known:
@@ -159,8 +165,9 @@ class _Symbolic:
         )
         return self._session.parts(str.__str__(text))
 
-    def outline(self, trained: Sequence[int], *, lenient: bool) -> _Outline:
+    def outline(self, trained: Sequence[int] | None, *, lenient: bool) -> _Outline:
         messages = self._conversation.messages
+        everything, trained = trained is None, trained or ()
         full = self._render(len(messages))
         if lenient and len(messages) - 1 in trained and not self._ending(full, len(messages) - 1):
             full = [*full, self._closing(full)]
@@ -170,14 +177,10 @@ class _Symbolic:
             cuts.append((self._begin(full, index), self._end(full, through, index, lenient)))
         parts, places = _cut(full, sorted({cut for pair in cuts for cut in pair}))
         answers = tuple((places[begin], places[end]) for begin, end in cuts)
-        checks = self._checks(parts, dict(zip(trained, answers, strict=True)))
-        return _Outline(
-            tuple(parts),
-            answers,
-            self._contents_of(parts),
-            tuple(dict.fromkeys(self._session.conditions)),
-            tuple(checks),
-        )
+        checks = self._checks(parts, dict(zip(trained, answers, strict=True)), everything)
+        # What was asked about the question that `_closing` made up is nobody's.
+        asked = [condition for condition in self._session.conditions if NEXT.index not in condition.sources()]
+        return _Outline(tuple(parts), answers, self._contents_of(parts), tuple(dict.fromkeys(asked)), tuple(checks))
 
     def _begin(self, full: list[Part], index: int) -> Cut:
         prompt = self._render(index, add_generation_prompt=True)
@@ -225,12 +228,12 @@ class _Symbolic:
 
         (GLM's models stop at the next `<|user|>`; Apertus' template leaves the last turn open to be gone on with.)
         """
-        self._dicts.append({"role": "user", "content": self._session.symbol(Content(-1))})
+        self._dicts.append({"role": "user", "content": self._session.symbol(NEXT)})
         longer = self._render(len(self._dicts))
         self._dicts.pop()
         last = self._last(longer, len(self._conversation.messages) - 1)
         following = longer[last + 1] if 0 <= last < len(longer) - 1 else ""
-        found = re.match(r"\s*[<\[][^<>\[\]]*[>\]]", following) if isinstance(following, str) else None
+        found = MARKER.match(following) if isinstance(following, str) else None
         if found is None:
             turn = len(self._conversation.messages)
             raise TemplateRefusal(f"it ends turn {turn} without an end-of-turn token, so nothing learns to stop")
@@ -272,13 +275,15 @@ class _Symbolic:
             return (len(before), len(last))
         return (len(before) + 1, 0) if not isinstance(last, str) and self._session.same(at, last) else None
 
-    def _checks(self, parts: Sequence[Part], answers: dict[int, tuple[int, int]]) -> list[tuple[int, int, int, str]]:
+    def _checks(
+        self, parts: Sequence[Part], answers: dict[int, tuple[int, int]], everything: bool
+    ) -> list[tuple[int, int, int, str]]:
         """Nothing may be left out: neither what an answer depends on nor any of what is trained."""
         found = []
         for index, (message, contents) in enumerate(zip(self._conversation.messages, self._contents, strict=True)):
             trained = index in answers
-            if message.role == "assistant" and not trained:
-                continue
+            if message.role == "assistant" and not trained and not everything:
+                continue  # an earlier answer that is not trained on may stand there as the template has it
             first, after = answers.get(index, (0, len(parts)))
             # The generation prompt may hold the beginning of what the data says, such as <think>.
             while trained and first > 0 and isinstance(parts[first - 1], str):
@@ -352,11 +357,12 @@ class _Concrete:
             messages, tools=self._conversation.tools, add_generation_prompt=add_generation_prompt
         )
 
-    def render(self, trained: Sequence[int]) -> Rendered:
+    def render(self, trained: Sequence[int] | None) -> Rendered:
         messages = self._conversation.messages
         full = self._render(messages)
+        everything, trained = trained is None, trained or ()
         for number, message in enumerate(messages, 1):
-            if message.role != "assistant" and not _appears(message.content, full):
+            if (message.role != "assistant" or everything) and not _appears(message.content, full):
                 raise TemplateRefusal(_left_out(number, message.role, False))
         spans: list[Span] = []
         for index in trained:

@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typing import Any
 
 from finetune import __version__
 from finetune.config.files import source_files
-from finetune.config.schema import Config, is_local_data
+from finetune.config.schema import Config, DataSource, is_local_data
 from finetune.runs.files import storage_errors, sync_folder, write_json
 
 KEPT = 4
@@ -39,14 +40,15 @@ class Cache:
         self._folder = folder
 
     def key(self, config: Config, base_folder: Path, today: datetime.datetime) -> str | None:
-        """What the prepared data depends on, hashed. None where that cannot be known: a dataset that is streamed."""
-        sources = [source.path for source in config.data]
+        """What the prepared data depends on, hashed. None where that cannot be known without asking the Hub."""
+        paths = [source.path for source in config.data if is_local_data(source.path)]
         if config.evaluation.path is not None:
-            sources.append(config.evaluation.path)
-        if not all(is_local_data(path) for path in sources):
+            paths.append(config.evaluation.path)
+        remote = [source for source in config.data if not is_local_data(source.path)]
+        if not all(is_local_data(path) for path in paths) or not all(_pinned(source) for source in remote):
             return None
         with self._hashes() as hashes:
-            files = {path: [(str(f), _hash(f, hashes)) for f in source_files(path)] for path in sources}
+            files = {path: [(str(f), _hash(f, hashes)) for f in source_files(path)] for path in paths}
             base = [_hash(base_folder / name, hashes) for name in TOKENIZER_FILES]
             template = config.chat_template
             if template is not None and template.endswith(".jinja"):
@@ -124,6 +126,11 @@ class Cache:
         yield known
         if json.dumps(known) != before and self._folder.is_dir():
             write_json(path, known)
+
+
+def _pinned(source: DataSource) -> bool:
+    """Whether a Hub dataset can only ever be this one: its revision is a commit, not a branch or a tag."""
+    return source.revision is not None and re.fullmatch("[0-9a-f]{40}", source.revision) is not None
 
 
 def _hash(path: Path, known: dict[str, Any]) -> str | None:

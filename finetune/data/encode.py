@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 UNWANTED = "labelled as unwanted (kto, label: false)"
 NOTHING_LEFT = "no token with loss is left"
 TOO_LONG = "longer than train.sequence_length"
+SPELT_OUT = "special tokens of the model spelt out in the text"
 TOO_LONG_TO_SPLIT = "one exchange alone is longer than train.sequence_length"
 
 BATCH = 64
@@ -124,6 +126,8 @@ class Encoder:
         self._keep = {False: _Smallest(keep), True: _Smallest(keep)}
         self._held_out, self._seed = held_out, seed
         self._widths: ByteWidths | None = None
+        special = [token for token in tokenizer.special_tokens if len(token) > 2]
+        self._special = re.compile("|".join(map(re.escape, special))) if special else None
 
     def expect_many(self) -> None:
         """Make what pays for itself only over many rows: the table of how long tokens are."""
@@ -137,6 +141,7 @@ class Encoder:
             texts = ["\n".join(conversation.all_text()) for conversation in conversations]
             places = [conversation.place for conversation in conversations]
             found.found = scan(texts, places, private=self._private)
+            self._note_special_tokens(texts, places, found)
             if task.first_of_source:
                 found.languages = dict(language_counts(texts[:LANGUAGE_ROWS]))
         source = self._sources[task.source]
@@ -162,6 +167,13 @@ class Encoder:
             else:
                 conversations.append(conversation)
         return conversations
+
+    def _note_special_tokens(self, texts: Sequence[str], places: Sequence[str], found: Encoded) -> None:
+        """A text that spells out <|im_end|> is read as one: that may be meant, or an attempt to speak for another."""
+        if self._special is not None and self._special.search("\n".join(texts)):
+            for text, place in zip(texts, places, strict=True):
+                if self._special.search(text):
+                    found.found.add(SPELT_OUT, place)
 
     @staticmethod
     def _wrong(error: DataError, found: Encoded) -> None:
@@ -244,7 +256,7 @@ class Encoder:
         if conversation.text is not None:
             return None
         assert self._finder is not None, "a template is chosen wherever there are conversations"
-        trained = conversation.trained(self._loss_on) if self._loss_on != "all" else []
+        trained = conversation.trained(self._loss_on) if self._loss_on != "all" else None
         return self._finder.render(conversation, trained)
 
     # -- length -----------------------------------------------------------------------------------------------
@@ -328,7 +340,7 @@ class Encoder:
     def _encoded(self, conversation: Conversation, messages: Sequence[Message]) -> _Row:
         part = replace(conversation, messages=tuple(messages), completion=None)
         assert self._finder is not None
-        trained = part.trained("assistant") if self._loss_on != "all" else []
+        trained = part.trained("assistant") if self._loss_on != "all" else None
         rendered = self._finder.render(part, trained)
         encoding = self._tokenizer.backend.encode(rendered.text, add_special_tokens=False)
         return self._chat(part, rendered, encoding)

@@ -255,7 +255,7 @@ class _Preparation:
             refused = 0
             for conversation in chats:
                 try:
-                    finder.render(conversation, conversation.trained(loss_on) if loss_on != "all" else [])
+                    finder.render(conversation, conversation.trained(loss_on) if loss_on != "all" else None)
                 except TemplateRefusal:
                     refused += 1
             ways.append((refused, finder, what))

@@ -99,6 +99,9 @@ class Condition:
     operation: Operation
     answer: Any
 
+    def sources(self) -> frozenset[int]:
+        return self.base.sources()
+
     def holds(self, values: Sequence[str]) -> bool:
         found = self.operation(self.base.of(values))
         return bool((len(found) if isinstance(found, list) else found) == self.answer)
@@ -110,6 +113,9 @@ class Same:
 
     one: Expression
     other: Expression
+
+    def sources(self) -> frozenset[int]:
+        return self.one.sources() | self.other.sources()
 
     def holds(self, values: Sequence[str]) -> bool:
         return self.one.of(values) == self.other.of(values)

@@ -217,28 +217,43 @@ def _with_bos(source: str, tokenizer: Tokenizer) -> str:
 def end_of_turn(template: ChatTemplate | None, tokenizer: Tokenizer) -> tuple[list[int], list[str]]:
     """What ends an answer: ids to stop at, and the same as text (for runtimes that stop at strings).
 
-    The end-of-turn text is what the template writes after an answer. The tokenizer's eos is always among the ids,
-    since a base may fall back to it.
+    The end-of-turn text is the marker that the template writes after an answer, or, if it ends the last turn with
+    nothing, before the next. The tokenizer's eos is always among the ids, since a base may fall back to it.
     """
     ids: list[int] = []
     texts: list[str] = []
     if template is not None:
         answer = "\u2063"
+        said = [Message("user", "a"), Message("assistant", answer)]
         try:
-            whole = template.render([Message("user", "a"), Message("assistant", answer)])
+            ending = template.render(said).rpartition(answer)[2].strip()
+            if not ending:
+                ending = _marker(template.render([*said, Message("user", "b")]).rpartition(answer)[2])
         except TemplateRefusal as reason:
             raise BaseError(
                 f"the chat template refuses a plain question and answer: {reason}", place=template.origin
             ) from reason
-        ending = whole.rpartition(answer)[2].strip()
-        if ending:
-            texts.append(ending)
-            encoded = tokenizer.encode(ending, special=False)
+        # Some write more after the last answer of all (Phi-3 an eos): the first marker ends the turn.
+        for text in dict.fromkeys((_marker(ending), ending)):
+            encoded = tokenizer.encode(text, special=False) if text else []
             if len(encoded) == 1:
-                ids += encoded
+                ids.append(encoded[0])
+                texts.append(text)
+                break
+        else:
+            texts += [ending] if ending else []
     eos = tokenizer.special.get("eos_token")
     eos_id = tokenizer.token_id(eos) if eos else None
     if eos and eos_id is not None and eos_id not in ids:
         ids.append(eos_id)
         texts.append(eos)
     return ids, texts
+
+
+MARKER = re.compile(r"\s*([<\[][^<>\[\]]*[>\]])")
+"""What ends a turn in chat templates: <|im_end|>, </s>, [/INST] and their like."""
+
+
+def _marker(text: str) -> str:
+    found = MARKER.match(text)
+    return found[1] if found else ""

@@ -50,6 +50,11 @@ class Tokenizer:
         """Ids of tokens that stand for no text of their own."""
         return frozenset(number for number, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        """The same, as they are written."""
+        return [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
+
     def token_id(self, token: str) -> int | None:
         found: int | None = self.backend.token_to_id(token)
         return found

@@ -327,3 +327,11 @@ def test_a_weight_of_0_takes_a_message_out() -> None:
         Message("assistant", "d"),
     )
     assert Conversation(messages, "here").trained("assistant") == [3]
+
+
+def test_a_loss_on_all_leaves_no_message_out(assets: Path) -> None:
+    source = (assets / "chat_templates" / "deepseek-ai-DeepSeek-R1-Distill-Llama-8B.jinja").read_text("utf-8")
+    finder = AnswerFinder(template(source))
+    assert finder.render(ask("a", "b", "c", "d"), None).spans == []
+    with pytest.raises(TemplateRefusal, match="leaves out or changes turn 2, the assistant's"):
+        finder.render(ask("a", "<think>hm</think>b", "c", "d"), None)

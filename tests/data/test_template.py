@@ -292,3 +292,12 @@ def test_damaged_files(byte_base: Path, tmp_path: Path, name: str, content: byte
 def test_no_tokenizer_at_all(tmp_path: Path) -> None:
     with pytest.raises(BaseError, match=r"there is no tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+def test_the_first_marker_ends_an_answer(byte_base: Path) -> None:
+    """Phi-3 writes an eos after the last answer of all; GLM ends a turn only with the next one's marker."""
+    tokenizer = load_tokenizer(byte_base)
+    both = "{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}</s>"
+    before = "{% for m in messages %}{{ '<|im_start|>' if m.role == 'user' else '' }}{{ m.content }}{% endfor %}"
+    assert end_of_turn(template(both), tokenizer)[1] == ["<|im_end|>", "</s>"]
+    assert end_of_turn(template(before), tokenizer)[1] == ["<|im_start|>", "</s>"]
