@@ -106,6 +106,29 @@ def test_every_shape_continues_as_in_transformers(
     assert report.notes == ()
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"architecture": "Qwen2", "tie_word_embeddings": True},
+    "qwen2, untied": {"architecture": "Qwen2", "tie_word_embeddings": False, "num_key_value_heads": 4},
+    "qwen3": {"architecture": "Qwen3", "tie_word_embeddings": False, "head_dim": 24},
+}
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_every_family_continues_as_in_transformers(
+    assets: Path, make_llama: LlamaMaker, tmp_path: Path, case: str
+) -> None:
+    """With the family's real tokenizer, whose vocabulary is what takes the time."""
+    tokenizer = assets / "tokenizers" / "qwen2"
+    tokens = json.loads((tokenizer / "tokenizer.json").read_text("utf-8"))
+    rows = 1 + max(*tokens["model"]["vocab"].values(), *(token["id"] for token in tokens["added_tokens"]))
+    model = make_llama(tokenizer=tokenizer, vocab_size=rows, **FAMILIES[case])
+    _shake(model)
+    report = convert(model, tmp_path / "model.gguf", quant="f32")
+    prompts = [PROMPTS[0], [1, *range(100, 140)]]
+    assert report.architecture == case.partition(",")[0]
+    assert _continuations(tmp_path / "model.gguf", prompts) == [_expected(model, prompt) for prompt in prompts]
+
+
 def test_a_configuration_of_the_old_kind(stories: Path, make_llama: LlamaMaker, tmp_path: Path) -> None:
     """Before transformers 5 there was `rope_theta` beside `rope_scaling`, and `torch_dtype`."""
     new = make_llama("new", vocab_size=512, tokenizer=stories, rope_parameters=LLAMA3_ROPE)

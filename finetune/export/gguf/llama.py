@@ -31,7 +31,8 @@ def _mlp_bias(config: Config) -> bool:
     return bool(getattr(config, "mlp_bias", False))
 
 
-def _own_output(config: Config) -> bool:
+def own_output(config: Config) -> bool:
+    """Whether the output head has weights of its own, apart from the embedding's."""
     return not config.tie_word_embeddings
 
 
@@ -40,7 +41,7 @@ _LAYER, _BLOCK = "model.layers.{layer}.", "blk.{layer}."
 RULES = (
     Rule("model.embed_tokens.weight", "token_embd.weight"),
     Rule("model.norm.weight", "output_norm.weight"),
-    Rule("lm_head.weight", "output.weight", when=_own_output),
+    Rule("lm_head.weight", "output.weight", when=own_output),
     Rule(f"{_LAYER}input_layernorm.weight", f"{_BLOCK}attn_norm.weight"),
     Rule(f"{_LAYER}self_attn.q_proj.weight", f"{_BLOCK}attn_q.weight", _reorder_queries),
     Rule(f"{_LAYER}self_attn.k_proj.weight", f"{_BLOCK}attn_k.weight", _reorder_keys),
@@ -112,9 +113,10 @@ def _notes(config: Config) -> list[str]:
     return []
 
 
-def _ignored(config: Config) -> Sequence[str]:
+def unused_tensors(config: Config) -> Sequence[str]:
+    """What may lie in the files although the model does not read it."""
     unused = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]  # a table that old files carry along
-    if not _own_output(config):
+    if not own_output(config):
         unused.append(r"lm_head\.weight")  # transformers uses the embedding in its place, stored or not
     return unused
 
@@ -126,5 +128,5 @@ FAMILY = Family(
     refusals=_refusals,
     notes=_notes,
     extra=_extra,
-    ignored=_ignored,
+    ignored=unused_tensors,
 )
