@@ -97,6 +97,9 @@ class Evaluation(Section):
     columns: dict[str, str] = Field(default_factory=dict)
     """Renamed columns of `evaluation.path`, as in `data`."""
 
+    on_overlong: Literal["error", "truncate", "split", "drop"] = "error"
+    """What to do with rows of `evaluation.path` that are too long, as in `data`."""
+
     allow_leakage: bool = False
     """Go on where held-out rows are also trained on, exactly or nearly so. Not given, that is an error: such rows make
     any model look good."""
@@ -251,7 +254,7 @@ def ineffective_keys(config: Config) -> dict[str, str]:
     if config.evaluation.path is not None:
         found["evaluation.split"] = "evaluation.path names the held-out rows, so nothing is split off"
     else:
-        for key in ("format", "columns"):
+        for key in ("format", "columns", "on_overlong"):
             found[f"evaluation.{key}"] = "there is no evaluation.path for it to describe"
     if config.evaluation.path is None and config.evaluation.split == 0:
         for key in ("max_rows", "every", "metric", "samples", "max_new_tokens"):

@@ -46,12 +46,13 @@ class Overlong:
             for name in ("rows", "truncate_tokens", "truncate_rows", "split_tokens", "drop_tokens"):
                 setattr(self, name, getattr(self, name) + getattr(other, name))
 
-    def error(self, limit: int, total: int) -> DataError:
+    def error(self, limit: int, total: int, section: str) -> DataError:
+        """`section`: of the config, where the policy for these rows is set."""
         return DataError(
             f"{self.rows:,} of {total:,} rows are longer than train.sequence_length {limit:,}; the first is here, the "
             f"longest has {self.longest:,} tokens ({self.longest_place})",
             place=self.first,
-            hint=f"raise train.sequence_length to {self.longest}, or set in data `on_overlong: truncate` (loses "
+            hint=f"raise train.sequence_length to {self.longest}, or set in {section} `on_overlong: truncate` (loses "
             f"{self.truncate_tokens:,} tokens with loss, {self.truncate_rows:,} rows whole), `on_overlong: split` "
             f"(loses {self.split_tokens:,}) or `on_overlong: drop` (loses {self.drop_tokens:,} in {self.rows:,} rows)",
         )

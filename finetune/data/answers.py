@@ -70,8 +70,14 @@ class _Outline:
     """(number of a text, first part, part after the last, complaint): texts that were changed on the way, to be looked
     for in what came out there."""
 
-    def fits(self, values: Sequence[str]) -> bool:
-        return all(condition.holds(values) for condition in self.conditions)
+    def attempt(self, values: Sequence[str]) -> Rendered | None:
+        """The conversation with these texts, or None where the outline does not fit it."""
+        try:
+            return self.fill(values) if all(condition.holds(values) for condition in self.conditions) else None
+        except TemplateRefusal:
+            raise
+        except Exception:  # what an operation does to another text, such as ask for a character that it has not
+            return None
 
     def fill(self, values: Sequence[str]) -> Rendered:
         texts = [part if isinstance(part, str) else part.of(values) for part in self.parts]
@@ -119,19 +125,20 @@ class AnswerFinder:
         known = self._outlines.get(key, ())
         if shareable:
             for outline in known:
-                if outline.fits(values):
-                    return outline.fill(values)
-        if len(known) >= MAX_OUTLINES:
-            return _Concrete(self.template, conversation).render(trained)
+                if (found := outline.attempt(values)) is not None:
+                    return found
+        # What is known already must not matter for what comes out, only for how long it takes: with all places taken,
+        # the conversation is proven like the others.
         try:
             outline = _Symbolic(self.template, self._environment, self._compiled, conversation, values).outline(
                 trained, lenient=self._lenient
             )
         except Untracked:
             return _Concrete(self.template, conversation).render(trained)
-        if shareable and len(self._outlines) < MAX_SHAPES:
+        rendered = outline.fill(values)
+        if shareable and len(known) < MAX_OUTLINES and len(self._outlines) < MAX_SHAPES:
             self._outlines.setdefault(key, []).append(outline)
-        return outline.fill(values)
+        return rendered
 
 
 class _Symbolic:

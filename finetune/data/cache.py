@@ -54,13 +54,20 @@ class Cache:
             if template is not None and template.endswith(".jinja"):
                 template = _hash(Path(template), hashes)
         depends: dict[str, Any] = {
-            "program": [__version__, _own_code(), version("tokenizers"), version("jinja2"), version("numpy")],
+            "program": [
+                __version__,
+                _own_code(),
+                version("tokenizers"),
+                version("jinja2"),
+                version("numpy"),
+                version("trl"),
+            ],
             "files": files,
             "base": base,
             "template": template,
             "data": [source.model_dump(mode="json") for source in config.data],
             "evaluation": config.evaluation.model_dump(
-                mode="json", include={"split", "path", "format", "columns", "allow_leakage", "max_rows"}
+                mode="json", include={"split", "path", "format", "columns", "on_overlong", "allow_leakage", "max_rows"}
             ),
             "train": config.train.model_dump(include={"sequence_length", "packing", "loss_on", "seed"}),
             "private_data": config.private_data,

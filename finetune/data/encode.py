@@ -80,6 +80,8 @@ class Encoded:
     """Equal for equal rows."""
     signatures: npt.NDArray[np.uint16] = field(default_factory=lambda: np.zeros((0, 64), np.uint16))
     """(rows, 64): MinHash of what is not system message."""
+    begins: list[bool] = field(default_factory=list)
+    """False for the second and further pieces of a row that was split."""
     places: list[str] = field(default_factory=list)
     chats: list[bool] = field(default_factory=list)
     conversations: dict[int, str] = field(default_factory=dict)
@@ -145,7 +147,11 @@ class Encoder:
             if task.first_of_source:
                 found.languages = dict(language_counts(texts[:LANGUAGE_ROWS]))
         source = self._sources[task.source]
-        rows = [kept for row in self._rows(conversations, found) for kept in self._fitted(row, source, found)]
+        rows: list[_Row] = []
+        for row in self._rows(conversations, found):
+            pieces = self._fitted(row, source, found)
+            rows += pieces
+            found.begins += [True, *[False] * (len(pieces) - 1)] if pieces else []
         if rows:
             self._collect(rows, found)
         return found
@@ -307,8 +313,8 @@ class Encoder:
         follows it); each piece begins with the system message and holds as many exchanges as fit.
         """
         if row.conversation.text is not None:
-            cuts = range(0, len(row.ids), self._limit)
-            return [replace(row, ids=row.ids[b : b + self._limit], mask=row.mask[b : b + self._limit]) for b in cuts], 0
+            windows = [slice(begin, begin + self._limit) for begin in range(0, len(row.ids), self._limit)]
+            return [replace(row, ids=row.ids[w], mask=row.mask[w], own=row.ids[w]) for w in windows], 0
         messages = row.conversation.messages
         system = [message for message in messages[:1] if message.role == "system"]
         trained = set(row.conversation.trained(self._loss_on)) if self._loss_on != "all" else None

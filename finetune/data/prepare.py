@@ -31,7 +31,7 @@ from finetune.data.pack import pack
 from finetune.data.parallel import encoded
 from finetune.data.quality import length_outliers
 from finetune.data.read import Chunk, Row, no_rows, read_chunks, shown_path
-from finetune.data.split import hold_out, leaks, weighted
+from finetune.data.split import hold_out, keep_together, leaks, weighted
 from finetune.data.store import DamagedStore, Packs, Rows, Store, StoreWriter
 from finetune.data.take import taken
 from finetune.data.template import ChatTemplate, choose_template, training_version
@@ -160,7 +160,7 @@ def held_out_source(config: Config) -> DataSource | None:
     own = config.evaluation
     if own.path is None:
         return None
-    return DataSource(path=own.path, format=own.format, columns=own.columns)
+    return DataSource(path=own.path, format=own.format, columns=own.columns, on_overlong=own.on_overlong)
 
 
 class _Preparation:
@@ -181,15 +181,19 @@ class _Preparation:
         self._own = own is not None
         self._sources = [*config.data, *([own] if own is not None else [])]
         self._wrong = [Wrong() for _ in self._sources]
-        self._overlong = Overlong()
+        self._overlong = {False: Overlong(), True: Overlong()}
+        """By whether the rows are held out in a file of their own."""
         self._row_sources: list[npt.NDArray[np.int16]] = []
         self._keys: list[npt.NDArray[np.uint64]] = []
+        self._begins: list[npt.NDArray[np.bool_]] = []
         self._total = 0
 
     def run(self) -> None:
         openings = [self._open(number) for number in range(len(self._sources))]
         tokenizer = load_tokenizer(self._base_folder)
-        finder = self._choose_finder(tokenizer, [c for opening in openings for c in opening.conversations])
+        finder = None
+        if any(opening.format != "text" for opening in openings):
+            finder = self._choose_finder(tokenizer, [c for opening in openings for c in opening.conversations])
         config = self._config
         encoder = Encoder(
             self._sources,
@@ -240,14 +244,12 @@ class _Preparation:
         self._accounting.formats[shown] = format_
         return _Opening(format_, conversations, chain(seen, chunks))
 
-    def _choose_finder(self, tokenizer: Tokenizer, first: Sequence[Conversation]) -> AnswerFinder | None:
+    def _choose_finder(self, tokenizer: Tokenizer, first: Sequence[Conversation]) -> AnswerFinder:
         """The way to render conversations: by the template as it is, by TRL's training version of it, or leniently.
 
         The first that all of the first rows can be proven with, otherwise the one that fails least.
         """
         chats = [conversation for conversation in first if conversation.text is None and not conversation.unwanted]
-        if not chats:
-            return None
         own = choose_template(self._config.chat_template, tokenizer, self._today)
         loss_on = self._config.train.loss_on
         ways: list[tuple[int, AnswerFinder, str]] = []
@@ -272,12 +274,13 @@ class _Preparation:
         writer.add(part.ids, part.supervised, part.lengths, part.places, part.conversations)
         self._row_sources.append(np.full(len(part.lengths), part.source, dtype=np.int16))
         self._keys.append(part.keys)
+        self._begins.append(np.array(part.begins, dtype=np.bool_))
         writer.add_signatures(part.signatures)
         accounting.read += part.read
         for reason, (count, place) in part.dropped.items():
             accounting.drop(reason, place, count)
         self._wrong[part.source].merge(part.wrong)
-        self._overlong.merge(part.overlong)
+        self._overlong[self._own and part.source == len(self._sources) - 1].merge(part.overlong)
         accounting.truncated += part.truncated
         accounting.split += part.split
         accounting.lost_supervised_tokens += part.lost
@@ -297,8 +300,10 @@ class _Preparation:
         for wrong, source in zip(self._wrong, self._sources, strict=True):
             if wrong.rows > source.max_dropped:
                 raise wrong.error(source.max_dropped, more=False)
-        if self._overlong.rows:
-            raise self._overlong.error(self._config.train.sequence_length, self._accounting.read)
+        for held_out, overlong in self._overlong.items():
+            if overlong.rows:
+                section = "evaluation" if held_out else "data"
+                raise overlong.error(self._config.train.sequence_length, self._accounting.read, section)
         if not self._writer.rows:
             first = next(iter(self._accounting.first_dropped.items()), None)
             raise DataError(
@@ -338,36 +343,57 @@ class _Preparation:
         config, accounting, writer = self._config, self._accounting, self._writer
         sources = np.concatenate(self._row_sources)
         keys = np.concatenate(self._keys)
-        labels = near_duplicates(keys, writer.signatures())
+        rows = np.cumsum(np.concatenate(self._begins)) - 1  # the row that each piece is of
+        labels = keep_together(near_duplicates(keys, writer.signatures()), rows)
         lengths = writer.lengths()
         if self._own:
             mine = sources == len(self._sources) - 1
             held_out, train = np.flatnonzero(mine), np.flatnonzero(~mine)
             held_out = held_out[np.argsort(split_order(keys[held_out], config.train.seed), kind="stable")]
-            if not len(train):
-                raise DataError("no row is left to train on", place=", ".join(accounting.formats))
+            if not len(train) or not len(held_out):
+                first = next(iter(accounting.first_dropped.items()), ("none was read", "?"))
+                raise DataError(
+                    f"no row is left to {'evaluate' if len(train) else 'train'} on: {first[0]} (the first: {first[1]})",
+                    place=", ".join(accounting.formats),
+                    hint="look at what was dropped, or leave out evaluation.path",
+                )
         else:
-            held_out, train = hold_out(
-                config.evaluation.split,
-                split_order(keys, config.train.seed),
-                labels,
-                keys,
-                allow_leakage=config.evaluation.allow_leakage,
-            )
+            held_out, train = self._hold_out(split_order(keys, config.train.seed), labels, rows)
         self._report(keys, labels, lengths, train, held_out)
         order = weighted(train, sources, [source.weight for source in self._sources], config.train.seed)
-        left_out = np.setdiff1d(train, order)
-        if len(left_out):
-            accounting.drop("left out by `weight`", writer.place(int(left_out[0])), len(left_out))
         # A row that was split counts once, however many pieces it has.
-        accounting.held_out = len(held_out)
-        accounting.used = accounting.read - sum(accounting.dropped.values()) - len(held_out)
+        if not len(order):
+            raise DataError(
+                "the weights leave no row to train on",
+                place="data",
+                hint="a weight below 1 takes that part of a source's rows: give more rows, or a larger weight",
+            )
+        left_out = np.setdiff1d(rows[train], rows[order])
+        if len(left_out):
+            piece = int(np.searchsorted(rows, left_out[0]))
+            accounting.drop("left out by `weight`", writer.place(piece), len(left_out))
+        accounting.held_out = len(np.unique(rows[held_out]))
+        accounting.used = len(np.unique(rows[order]))
         packs = None
         if config.train.packing:
             packs = pack(lengths[order].tolist(), config.train.sequence_length)
             # Packs come out longest rows first; the order of training must not follow length.
             random.Random(config.train.seed).shuffle(packs)
         writer.finish(train=order, held_out=held_out, packs=packs, about={"accounting": asdict(accounting)})
+
+    def _hold_out(
+        self, order: npt.NDArray[np.uint64], labels: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The pieces to hold out and to train on: chosen by whole rows, of which most are one piece."""
+        own = self._config.evaluation
+        firsts = np.flatnonzero(np.diff(rows, prepend=-1))
+        held_out, _ = hold_out(
+            own.split, np.minimum.reduceat(order, firsts), rows[labels[firsts]], allow_leakage=own.allow_leakage
+        )
+        place = np.full(len(firsts), -1, dtype=np.int64)
+        place[held_out] = np.arange(len(held_out))
+        pieces = np.flatnonzero(place[rows] >= 0)
+        return pieces[np.argsort(place[rows[pieces]], kind="stable")], np.flatnonzero(place[rows] < 0)
 
     def _report(
         self,

@@ -17,7 +17,6 @@ def hold_out(
     share: float,
     order: npt.NDArray[np.uint64],
     labels: Indices,
-    keys: npt.NDArray[np.uint64],
     *,
     allow_leakage: bool,
 ) -> tuple[Indices, Indices]:
@@ -55,6 +54,26 @@ def hold_out(
     mask[chosen] = True
     held_out = np.flatnonzero(mask)
     return held_out[np.argsort(order[held_out], kind="stable")], np.flatnonzero(~mask)
+
+
+def keep_together(labels: Indices, rows: Indices) -> Indices:
+    """Labels after joining all groups that share a row: (pieces,), (pieces,) → (pieces,).
+
+    The pieces of a row that was split belong on one side, and with them whatever any of them is like.
+    """
+    if len(rows) == 0 or int(rows[-1]) + 1 == len(rows):
+        return labels
+    while True:
+        least = np.full(len(labels), len(labels), np.int64)
+        np.minimum.at(least, rows, labels)
+        joined = least[rows]
+        # What had one label before still has one: the least that any of its pieces has now.
+        least = np.full(len(labels), len(labels), np.int64)
+        np.minimum.at(least, labels, joined)
+        joined = least[labels]
+        if np.array_equal(joined, labels):
+            return labels
+        labels = joined
 
 
 def _whole_groups(order: npt.NDArray[np.uint64], labels: Indices, wanted: int) -> Indices:

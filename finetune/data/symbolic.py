@@ -104,7 +104,8 @@ class Condition:
 
     def holds(self, values: Sequence[str]) -> bool:
         found = self.operation(self.base.of(values))
-        return bool((len(found) if isinstance(found, list) else found) == self.answer)
+        answer = len(found) if isinstance(found, list) else found
+        return type(answer) is type(self.answer) and repr(answer) == repr(self.answer)
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ class Session:
 
     def __post_init__(self) -> None:
         # With characters in it that quoting, escaping and formatting change, so that none of them goes unnoticed.
-        self._mark = f"\x02{secrets.token_hex(8)}<\"'&\\\n%s{{}}"
+        self._secret = secrets.token_hex(8)
+        self._mark = f"\x02{self._secret}<\"'&\\\n%s{{}}"
         self._found = re.compile(re.escape(self._mark) + r"(\d+)\x03")
         self._expressions: list[Expression] = []
 
@@ -161,7 +163,7 @@ class Session:
                 literal = ""
         if literal:
             found.append(literal)
-        if any("\x02" in part for part in found if isinstance(part, str)):
+        if any("\x02" in part or self._secret in part.lower() for part in found if isinstance(part, str)):
             raise Untracked("a placeholder was changed")
         return found
 
@@ -189,7 +191,12 @@ class Session:
         except TypeError as error:
             raise Untracked("an argument that is no constant") from error
         expression = symbol.expression
-        result = operation(expression.of(self.values))
+        try:
+            result = operation(expression.of(self.values))
+        except Exception as error:  # Jinja makes some of these undefined values, which other texts would not be
+            raise Untracked("an operation that fails") from error
+        if isinstance(result, str) and type(result) is not str:
+            raise Untracked("text that is marked as safe")
         if isinstance(result, str):
             return self.symbol(Made(expression, operation))
         if isinstance(result, list | tuple) and all(isinstance(piece, str) for piece in result):
@@ -340,6 +347,9 @@ class SymbolicEnvironment(ChatEnvironment):
             return bool(self.session.apply(item, Operation(_within, (container,))))
         return item in container
 
+    def give_up(self) -> None:
+        raise Untracked("a chain of comparisons")
+
     def concatenated(self, pieces: Sequence[Any]) -> str:
         """`a ~ b`."""
         return self._concat(str(piece) for piece in pieces)
@@ -383,7 +393,7 @@ class SymbolicEnvironment(ChatEnvironment):
                 return self.session.tracked(function(*before, *args, **kwargs))
             if is_test and name in _TYPE_TESTS:
                 return function(*before, "any text", *args[1:], **kwargs)
-            if not is_test and name in _UNCHANGING and not (name in ("default", "d") and len(args) > 2):
+            if not is_test and name in _UNCHANGING and len(args) < 3 and not kwargs:
                 return value
             fixed = partial(function, *before) if before else function
             if kwargs:
@@ -402,7 +412,7 @@ class SymbolicEnvironment(ChatEnvironment):
         return found
 
 
-_UNCHANGING = ("string", "safe", "default", "d")
+_UNCHANGING = ("string", "default", "d")
 """Filters that give a text back as it is."""
 
 _TYPE_TESTS = (
@@ -420,8 +430,12 @@ class _CodeGenerator(compiler.CodeGenerator):
     """Sends to the environment what compiled templates otherwise do on their own."""
 
     def visit_Compare(self, node: nodes.Compare, frame: Any) -> None:
-        if len(node.ops) != 1 or node.ops[0].op not in ("in", "notin"):
+        asked = [operand for operand in node.ops if operand.op in ("in", "notin")]
+        if not asked:
             super().visit_Compare(node, frame)
+            return
+        if len(node.ops) > 1:
+            self.write("environment.give_up()")
             return
         self.write("(" if node.ops[0].op == "in" else "(not ")
         self.write("environment.contains(")

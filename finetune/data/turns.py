@@ -167,7 +167,16 @@ def _call_from_text(content: Any, place: str, key: str) -> dict[str, Any]:
 
 def _parsed(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        values = json.loads(text)
+        if "\\u" in text:
+            json.dumps(values, ensure_ascii=False).encode()
+        return values
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"half a character: \\u{ord(error.object[error.start]):04x} without the other half of its pair",
+            place=place,
+            hint="the text was cut in the middle of a character: mend the row, or remove it",
+        ) from error
     except (ValueError, RecursionError) as error:
         reason = "nested too deep"
         if isinstance(error, json.JSONDecodeError):

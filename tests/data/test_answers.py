@@ -162,6 +162,15 @@ FOLLOWED = [
     "{{ (messages | map(attribute='content') | list)[loop.index0] }}",
     "{{ (m.content ~ 'x')[:-1] }}",
     "{% if m.content ~ 'x' == 'abcx' %}same{% endif %}{{ m.content }}",
+    "{{ m.content }}{{ [m.content] | tojson }}",
+    "{{ m.content }}{{ {'result': m.content} | tojson }}",
+    "{{ m.content }}{% if m.content[4] %}LONG{% endif %}",
+    "{{ m.content }}[{{ m.content[4] }}]",
+    "{{ m.content }}{{ m.content.index('a') }}",
+    "{{ m.content }}{{ m.content.split('a')[1] | default('none', boolean=true) }}",
+    "{{ m.content }}{% if m.content in 'axxx' in ['axxx'] %}yes{% endif %}",
+    "{{ m.content | safe + '<b>' }}",
+    "{{ m.content }}{{ m.content | float }}",
 ]
 
 
@@ -190,7 +199,29 @@ def test_one_rendering_serves_all_conversations_of_a_shape(monkeypatch: pytest.M
     assert spans(finder.render(ask(" c ", "\nd"), [1])) == ["d[end]"]
 
 
-def test_a_template_that_asks_too_much_is_rendered_on_the_text() -> None:
+def test_what_is_known_already_does_not_decide(assets: Path) -> None:
+    """Rows that are refused, and shapes beyond those kept, leave the verdict on the others as it is."""
+    source = (assets / "chat_templates" / "Qwen-Qwen3-0.6B.jinja").read_text("utf-8")
+
+    def chat(number: int, early: int) -> Conversation:
+        said = []
+        for turn in range(6):
+            thinks = (early >> turn & 1) if turn < 5 else number % 2
+            said += [f"Q{number} {turn}", ("<think>\nhm\n</think>\n\n" if thinks else "") + f"A{number} {turn}"]
+        return ask(*said)
+
+    good, bad = [chat(number, 0) for number in range(6)], [chat(0, 1 + number) for number in range(20)]
+    for order in ([*good, *bad], [*bad, *good]):
+        finder = AnswerFinder(template(source), lenient=True)
+        for conversation in order:
+            if conversation in bad:
+                with pytest.raises(TemplateRefusal):
+                    finder.render(conversation, conversation.trained("assistant"))
+            else:
+                assert len(finder.render(conversation, conversation.trained("assistant")).spans) == 6
+
+
+def test_a_template_that_asks_too_much_still_renders_right() -> None:
     finder = AnswerFinder(template(BODY.format("{% if m.content | length % 2 %}odd{% endif %}{{ m.content }}")))
     for length in range(1, 3 * MAX_OUTLINES):
         conversation = ask("q", "a" * length)

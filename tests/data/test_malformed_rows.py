@@ -155,6 +155,12 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         f"messages[2]: tool_calls[1]: arguments: not valid JSON: nested too deep | {MEND}",
     ),
     (
+        "half a character in arguments",
+        calls([{"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]),
+        "messages[2]: tool_calls[1]: arguments: half a character: \\ud800 without the other half of its pair | the "
+        "text was cut in the middle of a character: mend the row, or remove it",
+    ),
+    (
         "tools that are no JSON",
         said(ASK, SAY, tools="weather"),
         f"tools: not valid JSON: expecting value (character 1) | {MEND}",

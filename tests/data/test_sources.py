@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from finetune.config.schema import Config
 from finetune.data.prepare import PreparedData, prepare
-from finetune.data.split import hold_out, leaks, weighted
+from finetune.data.split import hold_out, keep_together, leaks, weighted
 from finetune.errors import DataError
 
 from .conftest import Prepare, question, write_rows
@@ -137,7 +137,7 @@ def test_what_is_alike_stays_on_one_side(labels: list[int], share: float, seed: 
     order = np.random.default_rng(seed).permutation(len(labels)).astype(np.uint64)
     wanted = max(1, round(share * len(labels)) if share < 1 else int(share))
     try:
-        held_out, train = hold_out(share, order, groups, groups.astype(np.uint64), allow_leakage=False)
+        held_out, train = hold_out(share, order, groups, allow_leakage=False)
     except DataError:
         sizes = np.bincount(groups)
         assert wanted >= len(labels) or sizes[sizes > 0].max() > wanted / 2
@@ -146,6 +146,38 @@ def test_what_is_alike_stays_on_one_side(labels: list[int], share: float, seed: 
     assert wanted / 2 <= len(held_out) <= wanted
     assert not set(groups[held_out]) & set(groups[train])
     assert leaks(groups.astype(np.uint64), groups, train, held_out).rows == 0
+
+
+@given(
+    labels=st.lists(st.integers(0, 8), min_size=1, max_size=20),
+    begins=st.lists(st.booleans(), min_size=20, max_size=20),
+)
+def test_groups_that_share_a_row_are_one(labels: list[int], begins: list[bool]) -> None:
+    first = {label: index for index, label in reversed(list(enumerate(labels)))}
+    groups = np.array([first[label] for label in labels])
+    rows = np.cumsum([True, *begins[1 : len(labels)]]) - 1
+    joined = keep_together(groups, rows)
+    # By flooding: what can be reached from a piece over rows and labels.
+    for piece in range(len(labels)):
+        reached = {piece}
+        while True:
+            more = {p for p in range(len(labels)) for q in reached if rows[p] == rows[q] or groups[p] == groups[q]}
+            if more <= reached:
+                break
+            reached |= more
+        assert {p for p in range(len(labels)) if joined[p] == joined[piece]} == reached
+
+
+@pytest.mark.parametrize("split", [1, 2, 0.4])
+def test_the_pieces_of_a_row_are_on_one_side_and_count_once(prepared: Prepare, split: float) -> None:
+    rows = [{"text": " ".join(np.random.default_rng(number).choice(WORDS, 60))} for number in range(12)]
+    data = prepared(rows, {"on_overlong": "split"}, evaluation={"split": split}, train={"sequence_length": 100})
+    account = data.accounting
+    trained, held_out = ({row.place for row in side} for side in (data.train, data.held_out))
+    assert not trained & held_out
+    assert (account.read, account.used, account.held_out) == (12, len(trained), len(held_out))
+    assert account.used + account.held_out == 12
+    assert len(data.train) > 2 * len(trained)
 
 
 def test_rows_that_are_all_alike_cannot_be_held_out(prepared: Prepare) -> None:
@@ -285,3 +317,37 @@ def test_texts_that_speak_for_the_template_are_told(prepared: Prepare) -> None:
     account = prepared(rows).accounting
     assert account.found == {"special tokens of the model spelt out in the text": 1}
     assert account.first_found == {"special tokens of the model spelt out in the text": "rows.jsonl:4"}
+
+
+def test_rows_to_train_on_may_come_late(prepared: Prepare) -> None:
+    """A file sorted by label begins with nothing that could be trained on."""
+    rows = [{"prompt": f"p{number}", "completion": f"c{number}", "label": number >= 120} for number in range(130)]
+    data = prepared(rows)
+    assert (data.accounting.used, sum(data.accounting.dropped.values())) == (10, 120)
+    rows = [{"question": "" if number < 120 else "q", "answer": f"a{number}"} for number in range(130)]
+    assert prepared(rows, {"max_dropped": 120}).accounting.used == 10
+
+
+def test_pieces_of_a_text_are_no_duplicates_of_each_other(prepared: Prepare) -> None:
+    rows = [{"text": np.random.default_rng(number).bytes(700).hex()} for number in range(5)]
+    account = prepared(rows, {"on_overlong": "split"}, train={"sequence_length": 200}).accounting
+    assert (account.exact_duplicates, account.near_duplicates) == (0, 0)
+
+
+def test_a_weight_that_leaves_nothing(prepared: Prepare) -> None:
+    with pytest.raises(DataError, match="the weights leave no row to train on"):
+        prepared([distinct(number) for number in range(5)], {"weight": 0.05})
+
+
+def test_held_out_rows_have_a_policy_of_their_own(prepared: Prepare, here: Path) -> None:
+    write_rows(here / "held.jsonl", [{"question": "q", "answer": "long " * 100}, distinct(50)])
+    evaluation = {"path": str(here / "held.jsonl")}
+    rows = [distinct(number) for number in range(5)]
+    with pytest.raises(DataError) as caught:
+        prepared(rows, evaluation=evaluation, train={"sequence_length": 400})
+    assert "or set in evaluation `on_overlong: truncate`" in str(caught.value.problems[0].hint)
+    data = prepared(rows, evaluation={**evaluation, "on_overlong": "drop"}, train={"sequence_length": 400})
+    assert [row.place for row in data.held_out] == ["held.jsonl:2"]
+    write_rows(here / "held.jsonl", [{"question": "q", "answer": "long " * 100}])
+    with pytest.raises(DataError, match=r"no row is left to evaluate on: longer than train.sequence_length"):
+        prepared(rows, evaluation={**evaluation, "on_overlong": "drop"}, train={"sequence_length": 400})
