@@ -344,7 +344,7 @@ class _Preparation:
         sources = np.concatenate(self._row_sources)
         keys = np.concatenate(self._keys)
         rows = np.cumsum(np.concatenate(self._begins)) - 1  # the row that each piece is of
-        labels = keep_together(near_duplicates(keys, writer.signatures()), rows)
+        alike = near_duplicates(keys, writer.signatures())
         lengths = writer.lengths()
         if self._own:
             mine = sources == len(self._sources) - 1
@@ -358,8 +358,9 @@ class _Preparation:
                     hint="look at what was dropped, or leave out evaluation.path",
                 )
         else:
-            held_out, train = self._hold_out(split_order(keys, config.train.seed), labels, rows)
-        self._report(keys, labels, lengths, train, held_out)
+            groups = keep_together(alike, rows)
+            held_out, train = self._hold_out(split_order(keys, config.train.seed), groups, rows)
+        self._report(keys, alike, lengths, train, held_out)
         order = weighted(train, sources, [source.weight for source in self._sources], config.train.seed)
         # A row that was split counts once, however many pieces it has.
         if not len(order):
