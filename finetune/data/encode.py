@@ -83,7 +83,6 @@ class Encoded:
     begins: list[bool] = field(default_factory=list)
     """False for the second and further pieces of a row that was split."""
     places: list[str] = field(default_factory=list)
-    chats: list[bool] = field(default_factory=list)
     conversations: dict[int, str] = field(default_factory=dict)
     """Row of this chunk → its conversation as JSON, for rows that may be held out and shown."""
     read: int = 0
@@ -361,7 +360,6 @@ class Encoder:
         own = _offsets(np.array([len(row.own) for row in rows]))
         found.signatures = signatures(np.concatenate([row.own for row in rows]), own)
         found.places = [row.conversation.place for row in rows]
-        found.chats = [row.conversation.text is None for row in rows]
         for index, order in enumerate(split_order(found.keys, self._seed).tolist()):
             if self._keep[found.source == self._held_out].takes(order):
                 found.conversations[index] = dump(rows[index].conversation)

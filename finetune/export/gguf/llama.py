@@ -66,24 +66,25 @@ def head_dim(config: Config) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _metadata(config: Config) -> Metadata:
+def metadata(architecture: str, config: Config) -> Metadata:
+    """The keys of a dense decoder with RMS norms and rotary positions, which several families have in common."""
     rope = config.rope_parameters
-    metadata: Metadata = {
-        "llama.context_length": config.max_position_embeddings,
-        "llama.embedding_length": config.hidden_size,
-        "llama.block_count": config.num_hidden_layers,
-        "llama.feed_forward_length": config.intermediate_size,
-        "llama.attention.head_count": config.num_attention_heads,
-        "llama.attention.head_count_kv": config.num_key_value_heads,
-        "llama.attention.key_length": head_dim(config),
-        "llama.attention.value_length": head_dim(config),
-        "llama.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "llama.rope.dimension_count": head_dim(config),
-        "llama.rope.freq_base": float(rope["rope_theta"]),
+    keys: Metadata = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_dim(config),
+        "attention.value_length": head_dim(config),
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": head_dim(config),
+        "rope.freq_base": float(rope["rope_theta"]),
     }
     if rope["rope_type"] == "linear":
-        metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(rope["factor"])}
-    return metadata
+        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    return {f"{architecture}.{key}": value for key, value in keys.items()}
 
 
 def _extra(config: Config) -> dict[str, torch.Tensor]:
@@ -124,7 +125,7 @@ def unused_tensors(config: Config) -> Sequence[str]:
 FAMILY = Family(
     architecture="llama",
     rules=RULES,
-    metadata=_metadata,
+    metadata=lambda config: metadata("llama", config),
     refusals=_refusals,
     notes=_notes,
     extra=_extra,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune.export.gguf.family import Config, Family, Metadata, Rule
-from finetune.export.gguf.llama import head_dim, own_output, unused_tensors
+from finetune.export.gguf.family import Config, Family, Rule
+from finetune.export.gguf.llama import metadata, own_output, unused_tensors
 
 _LAYER, _BLOCK = "model.layers.{layer}.", "blk.{layer}."
 
@@ -40,29 +40,6 @@ _NORMS = (
 )
 
 
-def _metadata(architecture: str, config: Config) -> Metadata:
-    rope = config.rope_parameters
-    metadata: Metadata = {
-        f"{architecture}.context_length": config.max_position_embeddings,
-        f"{architecture}.embedding_length": config.hidden_size,
-        f"{architecture}.block_count": config.num_hidden_layers,
-        f"{architecture}.feed_forward_length": config.intermediate_size,
-        f"{architecture}.attention.head_count": config.num_attention_heads,
-        f"{architecture}.attention.head_count_kv": config.num_key_value_heads,
-        f"{architecture}.attention.key_length": head_dim(config),
-        f"{architecture}.attention.value_length": head_dim(config),
-        f"{architecture}.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        f"{architecture}.rope.dimension_count": head_dim(config),
-        f"{architecture}.rope.freq_base": float(rope["rope_theta"]),
-    }
-    if rope["rope_type"] == "linear":
-        metadata |= {
-            f"{architecture}.rope.scaling.type": "linear",
-            f"{architecture}.rope.scaling.factor": float(rope["factor"]),
-        }
-    return metadata
-
-
 def _refusals(config: Config) -> list[str]:
     problems = []
     if config.hidden_act != "silu":
@@ -85,7 +62,7 @@ def _refusals_qwen3(config: Config) -> Sequence[str]:
 QWEN2 = Family(
     architecture="qwen2",
     rules=(*_SHARED, *_BIASES),
-    metadata=lambda config: _metadata("qwen2", config),
+    metadata=lambda config: metadata("qwen2", config),
     refusals=_refusals,
     ignored=unused_tensors,
 )
@@ -93,7 +70,7 @@ QWEN2 = Family(
 QWEN3 = Family(
     architecture="qwen3",
     rules=(*_SHARED, *_NORMS),
-    metadata=lambda config: _metadata("qwen3", config),
+    metadata=lambda config: metadata("qwen3", config),
     refusals=_refusals_qwen3,
     ignored=unused_tensors,
 )
