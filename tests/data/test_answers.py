@@ -16,6 +16,7 @@ from finetune.data.answers import MAX_OUTLINES, AnswerFinder, Rendered, _Concret
 from finetune.data.conversation import Conversation, Message
 from finetune.data.jinja import TemplateRefusal
 from finetune.data.template import ChatTemplate, training_version
+from scripts.chat_templates import CALL, CONVERSATIONS
 
 TODAY = datetime.datetime(2024, 7, 26, 12, 30)
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -231,25 +232,7 @@ def test_a_template_that_asks_too_much_still_renders_right() -> None:
 
 # -- thinking, tools, what is trained --------------------------------------------------------------------------------
 
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}, "id": "abcdefghi"}
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Looks outside.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "Where."}}},
-    },
-}
-CALLED = Conversation(
-    (
-        Message("user", "How is it?"),
-        Message("assistant", "", (CALL,)),
-        Message("tool", "Sunny.", extra=(("name", "weather"), ("tool_call_id", "abcdefghi"))),
-        Message("assistant", "It is sunny."),
-    ),
-    "here",
-    tools=(TOOL,),
-)
+(CALLED,) = CONVERSATIONS["tool calls"]
 
 
 @pytest.mark.parametrize(
