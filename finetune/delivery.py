@@ -55,12 +55,13 @@ def export(run: RunFolder, to: str, quant: str, console: Console) -> None:
 def _write_gguf(run: RunFolder, quant: Quant, console: Console) -> None:
     from finetune.export.gguf import convert
     from finetune.export.runtimes import modelfile
+    from finetune.export.source import open_model
 
     path = run.gguf / f"{run.name}-{quant}.gguf"
     with logged(run.log), console.progress("writing", unit="tensors") as progress:
         with storage_errors(run.gguf):
             run.gguf.mkdir(exist_ok=True)
-        report = convert(run.merged, path, quant=quant, name=run.name, on_tensor=_shown_on(progress))
+        report = convert(open_model(run.merged), path, quant=quant, name=run.name, on_tensor=_shown_on(progress))
         write_text(run.gguf / "Modelfile", modelfile(path.name, stop=report.stop))
     for note in report.notes:
         console.say(f"note: {note}")

@@ -79,7 +79,7 @@ def _ask(console: Console) -> str:
 
 def _open(kind: str, path: Path, run: RunFolder, settings: Settings, stack: ExitStack) -> Answer:
     if kind == "gguf":
-        from finetune.serve.llamacpp import LlamaCpp
+        from finetune.llamacpp import LlamaCpp
 
         # 0: as much context as the model was trained with.
         runtime = LlamaCpp(path, context=0, log=run.log)

@@ -11,7 +11,8 @@ import pytest
 
 from finetune.export.gguf import convert
 from finetune.export.gguf.turn import end_of_turn, sample_conversation
-from finetune.serve.llamacpp import LlamaCpp
+from finetune.export.source import open_model
+from finetune.llamacpp import LlamaCpp
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -65,7 +66,7 @@ def test_a_conversation_becomes_the_tokens_of_training(
     text = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     expected = tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    report = convert(model, tmp_path / "model.gguf", quant="f32")
+    report = convert(open_model(model), tmp_path / "model.gguf", quant="f32")
 
     with LlamaCpp(tmp_path / "model.gguf", context=128, gpu_layers=0, threads=1) as llama:
         assert llama.tokenize(llama.apply_template(MESSAGES), add_special=True) == expected
@@ -79,7 +80,7 @@ def test_a_conversation_becomes_the_tokens_of_training(
 def test_a_space_that_llamacpp_cannot_place_is_reported(stories: Path, tmp_path: Path) -> None:
     """Here training puts a space before the first word only, which no setting of llama.cpp does."""
     model = _with_template(stories, tmp_path / "model", ZEPHYR, REBUILT)
-    report = convert(model, tmp_path / "model.gguf", quant="f32")
+    report = convert(open_model(model), tmp_path / "model.gguf", quant="f32")
     assert len(report.notes) == 1
     assert "spaces" in report.notes[0]
 
@@ -89,7 +90,7 @@ def test_the_template_is_stored_as_it_is(stories: Path, tmp_path: Path) -> None:
 
     template = ZEPHYR + "\n{# a comment, ünd mehr #}\n\n"
     model = _with_template(stories, tmp_path / "model", template, AS_IN_FILE)
-    convert(model, tmp_path / "model.gguf", quant="f32")
+    convert(open_model(model), tmp_path / "model.gguf", quant="f32")
     fields = GGUFReader(tmp_path / "model.gguf").fields
     assert fields["tokenizer.chat_template"].contents() == template
     assert fields["tokenizer.ggml.eot_token_id"].contents() == 2
@@ -98,7 +99,7 @@ def test_the_template_is_stored_as_it_is(stories: Path, tmp_path: Path) -> None:
 
 def test_a_template_that_fails_is_stored_and_reported(stories: Path, tmp_path: Path) -> None:
     model = _with_template(stories, tmp_path / "model", "{{ raise_exception('no') }}", AS_IN_FILE)
-    report = convert(model, tmp_path / "model.gguf", quant="f32")
+    report = convert(open_model(model), tmp_path / "model.gguf", quant="f32")
     assert "did not render" in report.notes[0]
     assert report.stop == ("</s>",)
 

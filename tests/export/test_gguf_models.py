@@ -12,7 +12,8 @@ import torch
 
 from finetune.export.gguf import Quant, convert
 from finetune.export.merge import merge
-from finetune.serve.llamacpp import LlamaCpp
+from finetune.export.source import open_model
+from finetune.llamacpp import LlamaCpp
 
 from .conftest import LlamaMaker
 
@@ -42,7 +43,7 @@ def _continuations(gguf: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.mark.parametrize("quant", ["f32", "f16", "bf16"])
 def test_a_real_model_continues_as_in_transformers(stories: Path, tmp_path: Path, quant: Quant) -> None:
-    report = convert(stories, tmp_path / "model.gguf", quant=quant)
+    report = convert(open_model(stories), tmp_path / "model.gguf", quant=quant)
     assert report.tensors == 47
     assert report.nbytes == (tmp_path / "model.gguf").stat().st_size
     assert _continuations(tmp_path / "model.gguf", PROMPTS) == [_expected(stories, prompt) for prompt in PROMPTS]
@@ -51,7 +52,7 @@ def test_a_real_model_continues_as_in_transformers(stories: Path, tmp_path: Path
 def test_a_merged_model_continues_as_in_transformers(stories: Path, full_adapter: Path, tmp_path: Path) -> None:
     merged = tmp_path / "merged"
     merge(stories, full_adapter, merged, tokenizer=stories, dtype=None)
-    convert(merged, tmp_path / "model.gguf", quant="f32")
+    convert(open_model(merged), tmp_path / "model.gguf", quant="f32")
     continuations = _continuations(tmp_path / "model.gguf", PROMPTS)
     assert continuations == [_expected(merged, prompt) for prompt in PROMPTS]
     assert continuations != [_expected(stories, prompt) for prompt in PROMPTS]
@@ -59,8 +60,8 @@ def test_a_merged_model_continues_as_in_transformers(stories: Path, full_adapter
 
 def test_eight_bits_answer_sensibly(stories: Path, tmp_path: Path) -> None:
     """Rows of 172 cannot be cut into blocks of 32: those matrices are float16 in an otherwise 8-bit file."""
-    convert(stories, tmp_path / "model.gguf", quant="q8_0")
-    convert(stories, tmp_path / "f16.gguf", quant="f16")
+    convert(open_model(stories), tmp_path / "model.gguf", quant="q8_0")
+    convert(open_model(stories), tmp_path / "f16.gguf", quant="f16")
     assert (tmp_path / "model.gguf").stat().st_size < 0.8 * (tmp_path / "f16.gguf").stat().st_size
     (continuation,) = _continuations(tmp_path / "model.gguf", PROMPTS[:1])
     assert continuation[:8] == _expected(stories, PROMPTS[0])[:8]
@@ -99,7 +100,7 @@ def test_every_shape_continues_as_in_transformers(
     model = make_llama(tokenizer=stories, **settings)
     if "rope_parameters" in settings or "bias" in case:
         _shake(model)
-    report = convert(model, tmp_path / "model.gguf", quant="f32")
+    report = convert(open_model(model), tmp_path / "model.gguf", quant="f32")
     long_prompt = [1, *range(100, 140)]
     prompts = [PROMPTS[0], long_prompt]
     assert _continuations(tmp_path / "model.gguf", prompts) == [_expected(model, prompt) for prompt in prompts]
@@ -123,7 +124,7 @@ def test_every_family_continues_as_in_transformers(
     rows = 1 + max(*tokens["model"]["vocab"].values(), *(token["id"] for token in tokens["added_tokens"]))
     model = make_llama(tokenizer=tokenizer, vocab_size=rows, **FAMILIES[case])
     _shake(model)
-    report = convert(model, tmp_path / "model.gguf", quant="f32")
+    report = convert(open_model(model), tmp_path / "model.gguf", quant="f32")
     prompts = [PROMPTS[0], [1, *range(100, 140)]]
     assert report.architecture == case.partition(",")[0]
     assert _continuations(tmp_path / "model.gguf", prompts) == [_expected(model, prompt) for prompt in prompts]
@@ -138,7 +139,7 @@ def test_a_configuration_of_the_old_kind(stories: Path, make_llama: LlamaMaker, 
     config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": config.pop("dtype")}
     (old / "config.json").write_text(json.dumps(config))
     for folder in (new, old):
-        convert(folder, tmp_path / "model.gguf", quant="f32", name="model")
+        convert(open_model(folder), tmp_path / "model.gguf", quant="f32", name="model")
         (tmp_path / "model.gguf").rename(tmp_path / f"{folder.name}.gguf")
     assert (tmp_path / "old.gguf").read_bytes() == (tmp_path / "new.gguf").read_bytes()
 

@@ -18,7 +18,8 @@ from finetune.export.gguf import convert
 from finetune.export.gguf.pretokenizer import recognise
 from finetune.export.gguf.scores import merge_scores
 from finetune.export.gguf.tokens import fill
-from finetune.serve.llamacpp import LlamaCpp
+from finetune.export.source import open_model
+from finetune.llamacpp import LlamaCpp
 
 from .conftest import LlamaMaker
 
@@ -35,7 +36,7 @@ def model(stories: Path, tmp_path: Path) -> Path:
 
 def _refused(model: Path, words: str, kind: type[FinetuneError] = ExportError) -> None:
     with pytest.raises(kind) as caught:
-        convert(model, model.parent / "out.gguf", quant="f16")
+        convert(open_model(model), model.parent / "out.gguf", quant="f16")
     assert words in str(caught.value)
     assert not list(model.parent.glob("out*"))
 
@@ -111,7 +112,7 @@ def test_no_token_to_end_with(model: Path) -> None:
     _refused(model, "no token that ends a text")
     template = "{% for m in messages %}{{ m.content }}<s>{% endfor %}"
     (model / "chat_template.jinja").write_text(template)
-    report = convert(model, model.parent / "out.gguf", quant="f16")
+    report = convert(open_model(model), model.parent / "out.gguf", quant="f16")
     assert report.stop == ("<s>",)
 
 
@@ -162,7 +163,7 @@ def test_what_exists_is_not_overwritten(stories: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     out.write_bytes(b"mine")
     with pytest.raises(ExportError, match="exists already"):
-        convert(stories, out, quant="f16")
+        convert(open_model(stories), out, quant="f16")
     assert out.read_bytes() == b"mine"
 
 
@@ -173,7 +174,7 @@ def test_an_interruption_leaves_no_file(stories: Path, tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(stories, tmp_path / "out.gguf", quant="f16", on_tensor=stop)
+        convert(open_model(stories), tmp_path / "out.gguf", quant="f16", on_tensor=stop)
     assert not list(tmp_path.iterdir())
 
 
@@ -181,7 +182,7 @@ def test_a_full_disk(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(StorageError, match="GB are needed"):
-        convert(stories, tmp_path / "out.gguf", quant="f16")
+        convert(open_model(stories), tmp_path / "out.gguf", quant="f16")
 
 
 def test_without_the_package_the_hint_names_the_extra(
@@ -189,7 +190,7 @@ def test_without_the_package_the_hint_names_the_extra(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError) as caught:
-        convert(stories, tmp_path / "out.gguf", quant="f16")
+        convert(open_model(stories), tmp_path / "out.gguf", quant="f16")
     assert caught.value.problems[0].hint == 'pip install "finetune[gguf]"'
 
 
@@ -197,7 +198,7 @@ def test_a_name_with_phi3_in_it_does_not_change_the_tokenizer(stories: Path, tmp
     """llama.cpp has special rules for models whose name says Phi-3."""
     pytest.importorskip("xllamacpp")
     for name in ("plain", "Like-Phi-3-mini"):
-        convert(stories, tmp_path / f"{name}.gguf", quant="f32", name=name)
+        convert(open_model(stories), tmp_path / f"{name}.gguf", quant="f32", name=name)
     ids = []
     for name in ("plain", "Like-Phi-3-mini"):
         with LlamaCpp(tmp_path / f"{name}.gguf", context=64, gpu_layers=0, threads=1) as llama:
@@ -209,7 +210,7 @@ def test_a_window_that_llamacpp_does_not_have_is_reported(
     stories: Path, make_llama: LlamaMaker, tmp_path: Path
 ) -> None:
     model = make_llama(architecture="Mistral", sliding_window=64, vocab_size=512, tokenizer=stories)
-    report = convert(model, tmp_path / "out.gguf", quant="f16")
+    report = convert(open_model(model), tmp_path / "out.gguf", quant="f16")
     assert "the last 64 tokens" in report.notes[0]
 
 

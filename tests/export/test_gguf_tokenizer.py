@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from finetune.export.gguf import convert
-from finetune.serve.llamacpp import LlamaCpp
+from finetune.export.source import open_model
+from finetune.llamacpp import LlamaCpp
 
 from .conftest import LlamaMaker
 from .probes import PROBES
@@ -110,7 +111,7 @@ def test_token_ids_are_the_same(assets: Path, make_llama: LlamaMaker, tmp_path: 
     model = make_llama(
         tokenizer=tokenizer, vocab_size=ROWS[name], num_hidden_layers=1, tie_word_embeddings=True, hidden_size=32
     )
-    report = convert(model, tmp_path / "model.gguf", quant="f16")
+    report = convert(open_model(model), tmp_path / "model.gguf", quant="f16")
     differing = _differences(model, tmp_path / "model.gguf", [*PROBES, *_mixtures(tokenizer)])
     # transformers composes text for Qwen (NFC) and llama.cpp does not: the one difference that cannot be helped.
     assert differing == (["e\u0301 combining a\u0308\u0323"] if name == "qwen2" else [])
@@ -119,7 +120,7 @@ def test_token_ids_are_the_same(assets: Path, make_llama: LlamaMaker, tmp_path: 
 
 
 def test_a_real_models_token_ids_are_the_same(stories: Path, tmp_path: Path) -> None:
-    convert(stories, tmp_path / "model.gguf", quant="f32")
+    convert(open_model(stories), tmp_path / "model.gguf", quant="f32")
     assert _differences(stories, tmp_path / "model.gguf", [*PROBES, *_mixtures(stories)]) == []
 
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from finetune.export.lora import LoraModule, delta, merge_weight, scaling
-from finetune.export.merge import DType, merge
+from finetune.export.merge import merge
+from finetune.export.merged import DType
 
 from .conftest import LlamaMaker, peft_merged, save_adapter
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import BaseError, FinetuneError, StorageError
-from finetune.export.safetensors_io import CheckpointWriter, PlannedTensor, open_checkpoint, open_file, reader
+from finetune.export.safetensors_io import CheckpointWriter, TensorInfo, open_checkpoint, open_file, reader
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -159,9 +159,9 @@ def test_pickles_are_never_opened(tmp_path: Path) -> None:
 # -- writing ------------------------------------------------------------------------------------------------------
 
 
-def _plan() -> list[PlannedTensor]:
+def _plan() -> list[TensorInfo]:
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
-    return [PlannedTensor(name, names[tensor.dtype], tuple(tensor.shape)) for name, tensor in TENSORS.items()]
+    return [TensorInfo(name, names[tensor.dtype], tuple(tensor.shape)) for name, tensor in TENSORS.items()]
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 40, 1])
@@ -199,11 +199,11 @@ def test_another_order_or_size_than_planned_is_a_bug(tmp_path: Path) -> None:
 MEASURE = """
 import resource, sys, torch
 from pathlib import Path
-from finetune.export.safetensors_io import CheckpointWriter, PlannedTensor, open_checkpoint
+from finetune.export.safetensors_io import CheckpointWriter, TensorInfo, open_checkpoint
 source, target = map(Path, sys.argv[1:])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 checkpoint = open_checkpoint(source)
-planned = [PlannedTensor(t.name, t.dtype, t.shape) for t in checkpoint.tensors.values()]
+planned = [TensorInfo(t.name, t.dtype, t.shape) for t in checkpoint.tensors.values()]
 with CheckpointWriter(target, planned) as writer:
     for tensor in writer.order:
         writer.write(tensor.name, checkpoint.chunks(tensor.name))

@@ -74,7 +74,7 @@ def test_the_gguf_has_the_tokens_of_the_tokenizer_and_says_what_the_model_says(m
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
 
-    from finetune.serve.llamacpp import LlamaCpp
+    from finetune.llamacpp import LlamaCpp
 
     tokenizer = Tokenizer.from_file(str(medical_run.adapter / "tokenizer.json"))
     model = AutoModelForCausalLM.from_pretrained(medical_run.merged, dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""A model folder in the Hugging Face format → one GGUF file, tensor by tensor."""
+"""A model, on disk or a base with its adapter, → one GGUF file, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import IO, TYPE_CHECKING, Any
 from finetune.errors import BaseError, ExportError, MissingExtraError, Problem
 from finetune.export.gguf.encode import FILE_TYPES, Quant, choose, encode, nbytes
 from finetune.export.gguf.families import FAMILIES
-from finetune.export.gguf.family import Config, Family, Metadata, PlannedSource, plan
+from finetune.export.gguf.family import Config, Family, Metadata, PlannedTensor, plan
 from finetune.export.gguf.tokenizer import read_tokenizer
 from finetune.export.partial import partial_file, refuse_existing, require_space
-from finetune.export.safetensors_io import Checkpoint, largest, open_checkpoint
+from finetune.export.safetensors_io import largest
+from finetune.export.source import Model
 
 if TYPE_CHECKING:
     import torch
@@ -55,16 +56,16 @@ class _Target:
 
 
 def convert(
-    model: Path,
+    model: Model,
     out: Path,
     *,
     quant: Quant,
     on_tensor: Callable[[int, int, str], None] | None = None,
     name: str | None = None,
 ) -> GgufReport:
-    """Write `out`, a GGUF file that llama.cpp runs as transformers runs the folder `model`.
+    """Write `out`, a GGUF file that llama.cpp runs as transformers runs `model`.
 
-    model  config.json, safetensors weights and a tokenizer; the chat template goes into the file unchanged
+    model  `open_model` of a folder, or `merged_model`; the chat template goes into the file unchanged
     quant  how matrices are stored (vectors are float32, matrices whose rows q8_0 cannot cut into 32s are float16)
     name   for the file's metadata; None takes it from `out`
 
@@ -76,13 +77,11 @@ def convert(
         raise MissingExtraError("the GGUF format is not installed", hint='pip install "finetune[gguf]"')
     refuse_existing(out)
     config = _load_config(model)
-    family = _family(config, model)
-    weights = open_checkpoint(model)
-    planned = plan(family, config, weights)
-    targets = [_target(tensor, config, weights, quant) for tensor in planned]
+    family = _family(config, model.place)
+    targets = [_target(tensor, quant) for tensor in plan(family, config, model.weights)]
     targets += [_computed(target, tensor) for target, tensor in family.extra(config).items()]
     rows = next(target.shape[0] for target in targets if target.name == "token_embd.weight")
-    tokenizer = read_tokenizer(model, rows)
+    tokenizer = read_tokenizer(model.tokenizer, rows)
     metadata: Metadata = {
         "general.type": "model",
         "general.name": _safe_name(name or out.stem, family),
@@ -98,26 +97,26 @@ def convert(
             for done, target in enumerate(targets):
                 if on_tensor:
                     on_tensor(done, len(targets), target.name)
-                _write_tensor(file, target, model)
+                _write_tensor(file, target, model.place)
             total = file.tell()
     notes = (*family.notes(config), *tokenizer.notes)
     seconds = time.monotonic() - started
     return GgufReport(out, family.architecture, quant, len(targets), total, seconds, tokenizer.stop, notes)
 
 
-def _load_config(model: Path) -> Config:
+def _load_config(model: Model) -> Config:
     from transformers import AutoConfig
 
-    if not (model / "config.json").is_file():
-        raise BaseError("there is no config.json", place=str(model))
+    values = {key: value for key, value in model.config.items() if key != "auto_map"}  # that would run remote code
+    place = str(model.place / "config.json")
     try:
-        return AutoConfig.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and its validators' own
-        raise BaseError(f"its configuration cannot be loaded: {error}", place=str(model / "config.json")) from error
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except Exception as error:  # transformers raises KeyError, ValueError and its validators' own
+        raise BaseError(f"its configuration cannot be loaded: {error}", place=place) from error
 
 
-def _family(config: Config, model: Path) -> Family:
-    place = str(model / "config.json")
+def _family(config: Config, folder: Path) -> Family:
+    place = str(folder / "config.json")
     names = list(getattr(config, "architectures", None) or [])
     family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     if family is None:
@@ -139,22 +138,8 @@ def _safe_name(name: str, family: Family) -> str:
 # -- tensors ------------------------------------------------------------------------------------------------------
 
 
-def _target(tensor: PlannedSource, config: Config, weights: Checkpoint, quant: Quant) -> _Target:
-    stored = weights.tensors[tensor.source]
-    if not stored.is_float:
-        raise ExportError(
-            f"`{tensor.source}` is stored as {stored.dtype}: this model is quantised",
-            place=str(stored.file),
-            hint="convert the 16-bit model",
-        )
-
-    def rows() -> Iterator[torch.Tensor]:
-        if tensor.reorder is None:
-            yield from weights.chunks(tensor.source)
-        else:
-            yield tensor.reorder(weights.read(tensor.source), config)
-
-    return _Target(tensor.target, stored.shape, choose(stored.shape, quant), rows)
+def _target(tensor: PlannedTensor, quant: Quant) -> _Target:
+    return _Target(tensor.target, tensor.shape, choose(tensor.shape, quant), tensor.rows)
 
 
 def _computed(name: str, tensor: torch.Tensor) -> _Target:

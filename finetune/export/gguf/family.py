@@ -6,12 +6,12 @@ A family is a small module with one `FAMILY` (see `llama.py`), named in `familie
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ExportError, Problem
-from finetune.export.safetensors_io import Checkpoint
+from finetune.export.source import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -56,15 +56,16 @@ class Family:
 
 
 @dataclass(frozen=True)
-class PlannedSource:
-    """One tensor of the model folder and where it goes."""
+class PlannedTensor:
+    """One tensor of the GGUF file: what it is called, what it looks like, where its rows come from."""
 
-    source: str
     target: str
-    reorder: Callable[[torch.Tensor, Config], torch.Tensor] | None
+    shape: tuple[int, ...]
+    rows: Callable[[], Iterator[torch.Tensor]]
+    """The tensor in pieces along its first dimension, in its source's dtype."""
 
 
-def plan(family: Family, config: Config, weights: Checkpoint) -> list[PlannedSource]:
+def plan(family: Family, config: Config, weights: Weights) -> list[PlannedTensor]:
     """Pair every tensor with its rule, in the order of the files.
 
     Raises ExportError if a tensor has no rule, or a rule that applies lacks a tensor in some layer.
@@ -72,18 +73,19 @@ def plan(family: Family, config: Config, weights: Checkpoint) -> list[PlannedSou
     active = [rule for rule in family.rules if rule.when is None or rule.when(config)]
     patterns = [(re.compile(_pattern(rule.source)), rule) for rule in active]
     ignored = [re.compile(pattern) for pattern in family.ignored(config)]
-    planned: list[PlannedSource] = []
+    planned: list[PlannedTensor] = []
+    found: set[str] = set()
     problems: list[str] = []
     for name in weights.tensors:
         if any(pattern.fullmatch(name) for pattern in ignored):
             continue
         for pattern, rule in patterns:
             if match := pattern.fullmatch(name):
-                planned.append(PlannedSource(name, rule.target.format(**match.groupdict()), rule.reorder))
+                planned.append(_planned(name, rule.target.format(**match.groupdict()), rule, config, weights))
+                found.add(name)
                 break
         else:
             problems.append(f"`{name}` has no place in a GGUF file of the {family.architecture} architecture")
-    found = {tensor.source for tensor in planned}
     for rule in active:
         layers = range(config.num_hidden_layers) if "{layer}" in rule.source else range(1)
         expected = (rule.source.format(layer=layer) for layer in layers)
@@ -92,6 +94,24 @@ def plan(family: Family, config: Config, weights: Checkpoint) -> list[PlannedSou
         shown = problems[:5] + ([f"… and {len(problems) - 5} more of this kind"] if len(problems) > 5 else [])
         raise ExportError([Problem(message, str(weights.place)) for message in shown])
     return planned
+
+
+def _planned(source: str, target: str, rule: Rule, config: Config, weights: Weights) -> PlannedTensor:
+    stored = weights.tensors[source]
+    if not stored.is_float:
+        raise ExportError(
+            f"`{source}` is stored as {stored.dtype}: this model is quantised",
+            place=str(weights.place),
+            hint="convert the 16-bit model",
+        )
+
+    def rows() -> Iterator[torch.Tensor]:
+        if rule.reorder is None:
+            yield from weights.chunks(source)
+        else:
+            yield rule.reorder(weights.read(source), config)
+
+    return PlannedTensor(target, stored.shape, rows)
 
 
 def _pattern(source: str) -> str:

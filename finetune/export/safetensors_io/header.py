@@ -32,21 +32,30 @@ _AGAIN = "download or copy it again"
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """One tensor in one file: `start` is its first byte in the file."""
+class TensorInfo:
+    """What a tensor is called and what it looks like, wherever it is."""
 
     name: str
     dtype: str
     """The format's own name: F32, BF16, F16, …"""
     shape: tuple[int, ...]
-    file: Path
-    start: int
-    nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _BITS[self.dtype] // 8
 
     @property
     def is_float(self) -> bool:
         """Whether this holds plain floating-point numbers (16 bit and wider), not codes of a quantiser."""
         return self.dtype in ("F16", "BF16", "F32", "F64")
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorInfo):
+    """One tensor in one file: `start` is its first byte in the file."""
+
+    file: Path
+    start: int
 
 
 def itemsize(dtype: str) -> int:
@@ -117,7 +126,7 @@ def _entry(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
     start, end = offsets
     if (end - start) * 8 != math.prod(shape) * _BITS[dtype]:
         raise _damaged(path, f"`{name}` has {end - start:,} bytes, which its shape {shape} does not")
-    return StoredTensor(name, dtype, tuple(shape), path, begin + start, end - start)
+    return StoredTensor(name, dtype, tuple(shape), path, begin + start)
 
 
 def _position(tensor: StoredTensor) -> tuple[int, int]:

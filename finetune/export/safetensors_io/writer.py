@@ -6,35 +6,20 @@ Memory holds what is being written and nothing else.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
 
 from finetune.export.partial import write_text
-from finetune.export.safetensors_io.header import build_header, itemsize
+from finetune.export.safetensors_io.header import TensorInfo, build_header, itemsize
 
 if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = 5_000_000_000
 """Files of at most 5 GB, unless a single tensor is larger."""
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor that will be written: `dtype` as in the safetensors format."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * itemsize(self.dtype)
 
 
 class CheckpointWriter:
@@ -44,7 +29,7 @@ class CheckpointWriter:
     which keeps every tensor aligned.
     """
 
-    def __init__(self, folder: Path, planned: Sequence[PlannedTensor], *, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, folder: Path, planned: Sequence[TensorInfo], *, shard_bytes: int = SHARD_BYTES) -> None:
         self._folder = folder
         self._shards = [
             sorted(shard, key=lambda tensor: -itemsize(tensor.dtype)) for shard in _split(planned, shard_bytes)
@@ -92,7 +77,7 @@ class CheckpointWriter:
             if self._file is not None:
                 self._file.close()
 
-    def _walk(self) -> Iterator[PlannedTensor]:
+    def _walk(self) -> Iterator[TensorInfo]:
         """The planned tensors in order; opens and closes the files between them."""
         for number, (shard, head) in enumerate(zip(self._shards, self._heads, strict=True)):
             self._file = (self._folder / self._name(number)).open("wb")
@@ -114,8 +99,8 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _split(planned: Sequence[PlannedTensor], shard_bytes: int) -> list[list[PlannedTensor]]:
-    shards: list[list[PlannedTensor]] = [[]]
+def _split(planned: Sequence[TensorInfo], shard_bytes: int) -> list[list[TensorInfo]]:
+    shards: list[list[TensorInfo]] = [[]]
     filled = 0
     for tensor in planned:
         if shards[-1] and filled + tensor.nbytes > shard_bytes:

@@ -15,7 +15,8 @@ import pytest
 
 from finetune.errors import ExportError, MissingExtraError, StorageError
 from finetune.export.gguf import convert
-from finetune.serve.llamacpp import LlamaCpp
+from finetune.export.source import open_model
+from finetune.llamacpp import LlamaCpp
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -29,7 +30,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not STORIES.is_dir():
         pytest.skip("the shared assets are not here")
     path = tmp_path_factory.mktemp("gguf") / "stories.gguf"
-    convert(STORIES, path, quant="f32")
+    convert(open_model(STORIES), path, quant="f32")
     return path
 
 
@@ -125,7 +126,7 @@ def test_closing_ends_the_process(gguf: Path) -> None:
 ORPHAN = """
 import os, sys
 from pathlib import Path
-from finetune.serve.llamacpp import LlamaCpp
+from finetune.llamacpp import LlamaCpp
 llama = LlamaCpp(Path(sys.argv[1]), context=64, gpu_layers=0, threads=1)
 print(llama._process.host, llama._process.port, flush=True)
 os.kill(os.getpid(), 9)

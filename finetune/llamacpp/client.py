@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from finetune.serve.llamacpp.process import Process
+from finetune.llamacpp.process import Process
 
 Message = Mapping[str, str]
 

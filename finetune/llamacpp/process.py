@@ -29,7 +29,7 @@ from typing import IO, Any
 
 from finetune.errors import ExportError, MissingExtraError, StorageError
 
-_CHILD = "import sys; sys.path.insert(0, sys.argv[1]); from finetune.serve.llamacpp.process import serve; serve()"
+_CHILD = "import sys; sys.path.insert(0, sys.argv[1]); from finetune.llamacpp.process import serve; serve()"
 _CLOSE_SECONDS = 5.0
 _QUIET, _VERBOSE = 1, 3  # llama.cpp's levels: 1 errors, 2 warnings, 3 information
 
@@ -47,7 +47,7 @@ class Process:
         self._log = _open_log(log)
         self._log_start = self._log.seek(0, os.SEEK_END)
         self._child = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, str(Path(__file__).parents[3])],
+            [sys.executable, "-c", _CHILD, str(Path(__file__).parents[2])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
