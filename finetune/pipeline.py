@@ -186,6 +186,7 @@ def _train_and_evaluate(
     # Importing makes a million objects that stay: looking for garbage among them, again and again, is wasted time.
     gc.disable()
     from finetune.evaluate.compare import compare
+    from finetune.export.base_identity import fingerprint
     from finetune.model.base import load_base
     from finetune.model.hardware import choose_optimizer, detect, use_gradient_checkpointing
     from finetune.train.sft import steps_in_all
@@ -206,7 +207,8 @@ def _train_and_evaluate(
         "optimizer": why_optimizer,
         "gradient_checkpointing": why_checkpointing,
     }
-    run.update_manifest(choices=choices, revision=resolved_revision(folder) or config.revision)
+    revision = resolved_revision(folder) or config.revision
+    run.update_manifest(choices=choices, revision=revision, base_files=fingerprint(folder))
     console.say(
         f"loaded in {duration(time.monotonic() - began)}: {config.quantization} on {hardware.name}, {optimizer}"
     )

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ExportError, Problem, RunError
+from finetune.export.adapter_checks import incomplete, refused_settings, require_numbers
 from finetune.export.lora import LoraModule, scaling
 from finetune.export.safetensors_io import Checkpoint, open_file
 
@@ -21,48 +23,98 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-_HARMLESS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
-    "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
-}  # fmt: skip
-"""What a LoRA configuration may say: read below, or without influence on the merged weights."""
-
-_OFF: tuple[Any, ...] = (None, False, "none", [], {})
-
-_INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
-"""The other ways of starting a LoRA (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) also change the base they start from; the
-adapter then belongs to that base, which nobody saved."""
-
-_KEY = re.compile(
+_LORA = re.compile(
     r"base_model\.model\.(?P<module>.+)\."
-    r"(?:lora_(?P<part>[AB])(?:\.default)?\.weight|(?P<dora>lora_magnitude_vector)(?:\.default)?(?:\.weight)?)"
+    r"(?:lora_(?P<part>[AB])(?:\.default)?\.(?P<kind>weight|bias)"
+    r"|lora_embedding_(?P<row>[AB])(?:\.default)?"
+    r"|(?P<dora>lora_magnitude_vector)(?:\.default)?(?:\.weight)?)"
 )
 
+_TOKENS = re.compile(r"base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
 
-_WHOLE = re.compile(r"base_model\.model\.(?P<module>.+?)(?:\.base_layer)?\.weight")
+_WHOLE = re.compile(r"base_model\.model\.(?P<module>.+?)(?:\.base_layer)?\.(?P<last>weight|bias)")
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """The LoRA of one module, not read yet: `read` gives its numbers."""
+
+    module: str
+    """Live name, without PEFT's prefix and without the wrappers around an expert module."""
+    nested: str
+    """The same as stored: `mlp.experts.base_layer` is the inner of two wrapped parameters."""
+    parts: Mapping[str, str]
+    """A, B, dora, bias → name of the tensor. A is (rank, in), B (out, rank); of experts' stacks, rank × experts."""
+    embedding: bool
+    parameters: tuple[str, ...]
+    """For a LoRA of bare parameters (`target_parameters`), those of the module that it may belong to."""
+    fan_in_fan_out: bool
+    stored: Checkpoint
+
+    def shape(self, part: str) -> tuple[int, ...]:
+        return self.stored.tensors[self.parts[part]].shape
+
+    def read(self, part: str) -> torch.Tensor:
+        # PEFT's `autocast_adapter_dtype`: 16-bit adapters are held in float32, so that the sum is rounded once.
+        return self.stored.read(self.parts[part]).float()
+
+    def load(self, strength: float) -> LoraModule:
+        """The numbers, with the scaling that `Adapter.scaling` gives."""
+        return LoraModule(
+            name=self.module,
+            a=self.read("A"),
+            b=self.read("B"),
+            scaling=strength,
+            transposed=self.embedding or self.fan_in_fan_out,
+            magnitude=self.read("dora") if "dora" in self.parts else None,
+            rounded=self.embedding or bool(self.parameters),
+        )
+
+
+@dataclass(frozen=True)
+class TrainedTokens:
+    """Rows of an embedding that were trained in full."""
+
+    module: str
+    indices: tuple[int, ...]
+    tensor: str
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A whole adapter: its LoRA weights in memory, everything else in `stored`."""
+    """A whole adapter. Nothing of it is held in memory but names."""
 
     place: Path
-    modules: tuple[LoraModule, ...]
+    config: Mapping[str, Any]
+    layers: tuple[LoraLayer, ...]
+    tokens: tuple[TrainedTokens, ...]
+    whole: Mapping[str, str]
+    """Live name of a weight or bias → tensor name, of what was saved in full: `modules_to_save`, trained biases, and
+    the embedding and output layer, which PEFT saves beside their LoRA."""
     stored: Checkpoint
-    whole: dict[str, str]
-    """Module name → tensor name of weights that were saved in full. PEFT adds the embedding and the output layer when
-    the latter is a LoRA target; whether they are the base's own, only the base can tell."""
+
+    def rank(self, key: str) -> int:
+        """The rank that the configuration gives a module (or a parameter)."""
+        return int(_from_pattern(self.config.get("rank_pattern"), key, self.config["r"]))
+
+    def scaling(self, key: str) -> float:
+        alpha = float(_from_pattern(self.config.get("alpha_pattern"), key, self.config["lora_alpha"]))
+        return scaling(alpha, self.rank(key), rank_stabilised=bool(self.config.get("use_rslora")))
+
+    def saves(self, module: str) -> bool:
+        """Whether `modules_to_save` names this module: it was trained as a copy of its own, tied to nothing."""
+        names = tuple(self.config.get("modules_to_save") or ())
+        parts = module.split(".")
+        return any(".".join(parts[:depth]).endswith(names) for depth in range(1, len(parts) + 1))
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read `adapter_config.json` and `adapter_model.safetensors` as PEFT saves them.
+    """Read `adapter_config.json` and the head of `adapter_model.safetensors` as PEFT saves them, and check the numbers.
 
     Raises RunError if they are missing or unreadable, ExportError with all that a merge could not carry over, and
     for an adapter in which nothing was learned or which holds numbers that are not finite.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise RunError(
@@ -71,22 +123,18 @@ def read_adapter(folder: Path) -> Adapter:
             hint="weights in the pickle format are never read" if any(folder.glob("*.bin")) else None,
         )
     stored = open_file(weights)
-    problems = [Problem(message, str(folder / CONFIG)) for message in _refused_settings(config)]
-    parts, whole, refused_tensors = _sort_tensors(stored)
-    problems += [Problem(message, str(weights)) for message in refused_tensors]
+    problems = [Problem(message, str(folder / CONFIG)) for message in refused_settings(config)]
+    adapter, refused = _sort_tensors(folder, config, stored, usable=not problems)
+    problems += [Problem(message, str(weights)) for message in refused]
     if not problems:
-        problems = [Problem(message, str(weights)) for message in _incomplete(config, parts, stored)]
+        problems = [Problem(message, str(weights)) for message in incomplete(adapter)]
     if problems:
         raise ExportError(problems)
-    modules = tuple(_module(config, name, keys, stored) for name, keys in parts.items())
-    if not any(bool(module.b.any()) for module in modules):
-        raise ExportError(
-            "every lora_B is zero: nothing was learned", place=str(weights), hint="was the run stopped at its start?"
-        )
-    return Adapter(folder, modules, stored, whole)
+    require_numbers(adapter)
+    return adapter
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -99,102 +147,55 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _refused_settings(config: dict[str, Any]) -> list[str]:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        return [f"`peft_type` is {kind!r}; only LORA can be merged"]
-    problems = [
-        f"`{key}` is {value!r}, which a merge does not carry over yet"
-        for key, value in sorted(config.items())
-        if key not in _HARMLESS and value not in _OFF
-    ]
-    init = config.get("init_lora_weights", True)
-    if init not in _INITS_THAT_KEEP_THE_BASE:
-        problems.append(f"`init_lora_weights: {init}` changed the base during training; this base is not that one")
-    for key in ("rank_pattern", "alpha_pattern"):
-        try:
-            for pattern in config.get(key) or {}:
-                re.compile(rf"(.*\.)?({pattern})$")
-        except (re.error, TypeError) as error:
-            problems.append(f"`{key}` is not a table of patterns: {error}")
-    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
-        problems.append("`r` and `lora_alpha` must be numbers")
-    return problems
-
-
-def _sort_tensors(stored: Checkpoint) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
-    """Module name → part ("A", "B", "dora") → tensor name; module name → name of its whole weight; and a message for
-    each tensor that is neither."""
+def _sort_tensors(
+    folder: Path, config: dict[str, Any], stored: Checkpoint, *, usable: bool
+) -> tuple[Adapter, list[str]]:
+    """What each tensor is part of, and a message for each that is part of nothing known."""
     parts: dict[str, dict[str, str]] = {}
+    embeddings: set[str] = set()
+    tokens: list[TrainedTokens] = []
     whole: dict[str, str] = {}
     refused = []
-    for name in stored.tensors:
-        if match := _KEY.fullmatch(name):
-            part = match["part"] or "dora"
-            parts.setdefault(match["module"], {})[part] = name
+    for name, info in stored.tensors.items():
+        if match := _LORA.fullmatch(name):
+            if match["kind"] == "bias" and match["part"] == "A":
+                refused.append(f"`{name}` is a kind of weight that is not known, which a merge does not carry over yet")
+                continue
+            part = match["part"] or match["row"] or "dora"
+            parts.setdefault(match["module"], {})["bias" if match["kind"] == "bias" else part] = name
+            if match["row"]:
+                embeddings.add(match["module"])
+        elif match := _TOKENS.fullmatch(name):
+            indices = _token_indices(config.get("trainable_token_indices"), match["module"])
+            if indices is None or info.shape[:1] != (len(indices),):
+                refused.append(f"`{name}` does not fit `trainable_token_indices` of {CONFIG}")
+            else:
+                tokens.append(TrainedTokens(match["module"], indices, name))
         elif "lora_" not in name and (match := _WHOLE.fullmatch(name)):
-            whole[match["module"]] = name
+            whole[f"{match['module']}.{match['last']}"] = name
         else:
-            refused.append(f"`{name}` is {_kind(name)}, which a merge does not carry over yet")
-    return parts, whole, refused
-
-
-def _kind(name: str) -> str:
-    if "lora_embedding_" in name:
-        return "a LoRA of an embedding"
-    if "trainable_tokens" in name or "token_adapter" in name:
-        return "a set of trained tokens"
-    if name.endswith(".bias"):
-        return "a trained bias"
-    return "a kind of weight that is not known"
-
-
-def _incomplete(config: dict[str, Any], parts: dict[str, dict[str, str]], stored: Checkpoint) -> list[str]:
-    problems = [] if parts else ["it holds no LoRA weights"]
-    for module, keys in parts.items():
-        wanted = {"A", "B", "dora"} if config.get("use_dora") else {"A", "B"}
-        if set(keys) != wanted:
-            problems.append(f"`{module}` has the parts {sorted(keys)}, not {sorted(wanted)}")
-            continue
-        a, b = (stored.tensors[keys[part]] for part in "AB")
-        rank = _from_pattern(config.get("rank_pattern"), module, config["r"])
-        alpha = _from_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-        if not isinstance(alpha, int | float):
-            problems.append(f"`{module}` has the alpha {alpha!r}")
-        if len(a.shape) != 2 or len(b.shape) != 2:
-            problems.append(f"`{module}` is not a linear layer: its LoRA has the shapes {a.shape} and {b.shape}")
-        elif (a.shape[0], b.shape[1]) != (rank, rank):
-            problems.append(f"`{module}` has the shapes {a.shape} and {b.shape}, its configuration says rank {rank}")
-        elif "dora" in keys and stored.tensors[keys["dora"]].shape != (b.shape[0],):
-            problems.append(f"`{module}` has a magnitude of the shape {stored.tensors[keys['dora']].shape}")
-        problems += [f"`{key}` is stored as {stored.tensors[key].dtype}" for key in keys.values()
-                     if not stored.tensors[key].is_float]  # fmt: skip
-    return problems
-
-
-def _module(config: dict[str, Any], name: str, keys: dict[str, str], stored: Checkpoint) -> LoraModule:
-    alpha = _from_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
-    a, b = _read(stored, keys["A"]), _read(stored, keys["B"])
-    return LoraModule(
-        name=name,
-        a=a,
-        b=b,
-        scaling=scaling(alpha, int(a.shape[0]), rank_stabilised=bool(config.get("use_rslora"))),
-        transposed=bool(config.get("fan_in_fan_out")),
-        magnitude=_read(stored, keys["dora"]) if "dora" in keys else None,
-    )
-
-
-def _read(stored: Checkpoint, name: str) -> torch.Tensor:
-    # PEFT's `autocast_adapter_dtype`: 16-bit adapters are held in float32, so that the sum is rounded once.
-    tensor = stored.read(name).float()
-    if not bool(tensor.isfinite().all()):
-        raise ExportError(
-            f"`{name}` has values that are not finite numbers",
-            place=str(stored.place),
-            hint="use a checkpoint from before the loss went wrong",
+            refused.append(f"`{name}` is a kind of weight that is not known, which a merge does not carry over yet")
+        if not info.is_float:
+            refused.append(f"`{name}` is stored as {info.dtype}")
+    targets = (config.get("target_parameters") or []) if usable else []
+    layers = []
+    for nested, found in parts.items():
+        module = re.sub(r"(\.base_layer)+$", "", nested)
+        named = tuple(
+            target.rpartition(".")[2] for target in targets if f".{module}".endswith("." + target.rpartition(".")[0])
         )
-    return tensor
+        fan = bool(config.get("fan_in_fan_out"))
+        layers.append(LoraLayer(module, nested, found, nested in embeddings, named, fan, stored))
+    return Adapter(folder, config, tuple(layers), tuple(tokens), whole, stored), refused
+
+
+def _token_indices(setting: Any, module: str) -> tuple[int, ...] | None:
+    """The trained rows of a module: a list is the input embedding's, a table names modules."""
+    if isinstance(setting, dict):
+        setting = next((rows for name, rows in setting.items() if f".{module}".endswith(f".{name}")), None)
+    if not isinstance(setting, list) or not all(type(row) is int and row >= 0 for row in setting):
+        return None
+    return tuple(setting) if len(set(setting)) == len(setting) else None
 
 
 def _from_pattern(patterns: Any, module: str, default: Any) -> Any:

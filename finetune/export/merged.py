@@ -1,19 +1,23 @@
 """base + adapter, tensor by tensor as they are asked for: the 16-bit base is streamed past the adapter.
 
-Memory holds the adapter and the largest tensor that it changes (with its float32 change), never the model.
+Memory holds a few rows of a weight and the LoRA that belongs to it, never the model and never the adapter. (DoRA on an
+embedding, and weights that go through NF4, take one whole weight.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from finetune.errors import ExportError, Problem
-from finetune.export.adapter import Adapter, read_adapter
-from finetune.export.lora import LoraModule, merge_weight
-from finetune.export.safetensors_io import Checkpoint, StoredTensor, TensorInfo, largest, open_checkpoint
+from finetune.errors import ExportError
+from finetune.export.adapter import read_adapter
+from finetune.export.base_identity import check_base
+from finetune.export.nf4 import nf4_round_trip, quantised_modules
+from finetune.export.plan import Plan, plan
+from finetune.export.renaming import EMBEDDINGS
+from finetune.export.safetensors_io import Checkpoint, StoredTensor, TensorInfo, largest, open_checkpoint, pieces
 from finetune.export.source import Model, read_config
 
 if TYPE_CHECKING:
@@ -21,26 +25,48 @@ if TYPE_CHECKING:
 
 DType = Literal["bfloat16", "float16", "float32"]
 
+BasePrecision = Literal["stored", "nf4"]
+
 _STORED_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
-def merged_model(base: Path, adapter: Path, *, tokenizer: Path, dtype: DType | None) -> MergedModel:
+def merged_model(
+    base: Path,
+    adapter: Path | Sequence[Path],
+    *,
+    tokenizer: Path,
+    dtype: DType | None,
+    base_precision: BasePrecision = "stored",
+    recorded: Mapping[str, Any] | None = None,
+) -> MergedModel:
     """What `base` with `adapter` put in would be, nothing of it computed yet.
 
-    base       folder with config.json and 16- or 32-bit safetensors weights
-    adapter    folder as PEFT saves it
-    tokenizer  folder with the run's own tokenizer and chat template
-    dtype      of the merged floating-point tensors; None keeps each tensor's own
+    base            folder with config.json and 16- or 32-bit safetensors weights
+    adapter         folder as PEFT saves it, or several, merged one after the other
+    tokenizer       folder with the run's own tokenizer and chat template
+    dtype           of the merged floating-point tensors; None keeps each tensor's own
+    base_precision  "nf4": onto the weights that QLoRA training saw, in `dtype`, which should be the one it computed in
+    recorded        a run's manifest, to be compared with the base (`check_base`)
 
-    The weights are the same bits as PEFT's `merge_and_unload()` gives for a base loaded in that dtype.
+    The weights are the same bits as PEFT's `merge_and_unload()` gives for a base loaded in that dtype, except where
+    PEFT is wrong: a LoRA on an embedding or output layer that share their weight unties them.
 
-    Raises ExportError for an adapter that does not fit the base or cannot be carried over in full; BaseError, RunError
-    and StorageError for what cannot be read.
+    Reads the base's headers and the adapter. Raises ExportError for an adapter that does not fit the base or cannot be
+    carried over in full; BaseError, RunError and StorageError for what cannot be read.
     """
     config = read_config(base)
+    if recorded is not None:
+        check_base(recorded, base)
     weights = open_checkpoint(base)
-    merged = MergedWeights(weights, _match(read_adapter(adapter), weights, config), dtype)
-    return MergedModel(base, _merged_config(config, list(merged.tensors.values())), merged, tokenizer, adapter)
+    _check_shapes(config, weights)
+    folders = (adapter,) if isinstance(adapter, Path) else tuple(adapter)
+    if not folders:
+        raise ExportError("there is no adapter to merge", place=str(base))
+    quantised = quantised_modules(config) if base_precision == "nf4" else frozenset[str]()
+    planned = plan([read_adapter(folder) for folder in folders], weights, config, quantised)
+    merged = MergedWeights(weights, planned, dtype)
+    merged_config = _merged_config(config, list(merged.tensors.values()), untied=planned.untied)
+    return MergedModel(base, merged_config, merged, tokenizer, folders)
 
 
 @dataclass(frozen=True)
@@ -48,51 +74,70 @@ class MergedModel(Model):
     """A base with its adapter."""
 
     weights: MergedWeights
-    adapter: Path
+    adapters: tuple[Path, ...]
 
     def require_change(self) -> None:
         """Raise ExportError if, after all tensors were read, none differs from the base's."""
         if not self.weights.changed:
             raise ExportError(
                 "the merged model is the base, bit for bit: the adapter is too weak to show in this dtype",
-                place=str(self.adapter),
+                place=str(self.adapters[0]),
                 hint="merge in float32 to see whether anything was learned",
             )
 
 
 class MergedWeights:
-    """The tensors of a base with an adapter: computed when they are read, in the wanted dtype."""
+    """The tensors of a base with an adapter: computed when they are read, in the wanted dtype. Thread-safe."""
 
-    def __init__(self, base: Checkpoint, changes: Mapping[str, LoraModule], dtype: DType | None) -> None:
+    def __init__(self, base: Checkpoint, planned: Plan, dtype: DType | None) -> None:
         self.place = base.place
-        self.tensors = {t.name: TensorInfo(t.name, _target_dtype(t, dtype), t.shape) for t in base.tensors.values()}
-        self.changes = changes
+        self.tensors = {
+            name: TensorInfo(name, _target_dtype(base.tensors[recipe.like], dtype), base.tensors[recipe.like].shape)
+            for name, recipe in planned.recipes.items()
+        }
+        self.changes = {name for name, recipe in planned.recipes.items() if recipe.changes or recipe.source is not base}
+        """The tensors that adapters change."""
         self.changed: set[str] = set()
-        """The tensors, of those read so far, that came out different from the base's."""
+        """Those of them, of what was read so far, that came out different from the base's."""
         self._base = base
+        self._recipes = planned.recipes
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor. Raises ExportError for values that are not finite."""
         import torch
 
-        if module := self.changes.get(name):
-            before = self._to(self._base.read(name), name)
-            after = merge_weight(before, module)
-            self._require_finite(after, name)
-            if not torch.equal(after, before):
-                self.changed.add(name)
-            return after
-        return torch.cat(list(self.chunks(name))) if self.tensors[name].shape else next(self.chunks(name))
+        found = list(self.chunks(name))
+        return torch.cat(found) if len(found) > 1 else found[0]
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
-        """The same tensor in groups of rows; in one piece if the adapter changes it."""
-        if name in self.changes:
-            yield self.read(name)
-            return
-        for chunk in self._base.chunks(name):
-            cast = self._to(chunk, name)
-            self._require_finite(cast, name)
-            yield cast
+        """The same tensor in groups of rows."""
+        for first, count in self.pieces(name):
+            yield self.rows(name, first, count)
+
+    def pieces(self, name: str) -> list[tuple[int, int]]:
+        """(first row, rows) of the groups that a tensor comes in; one, where its rows depend on each other."""
+        tensor = self.tensors[name]
+        return [(0, tensor.rows)] if self._recipes[name].needs_whole else pieces(tensor)
+
+    def rows(self, name: str, first: int, count: int) -> torch.Tensor:
+        """One of `pieces`, in memory that nobody else holds."""
+        import torch
+
+        recipe = self._recipes[name]
+        rows = self._to(recipe.source.rows(recipe.name, first, count), name)
+        if recipe.source is not self._base and not self.changed:
+            before = self._to(self._base.rows(recipe.like, first, count), name)
+            if not torch.equal(before, rows):
+                self.changed.add(name)
+        if recipe.quantised:
+            rows = nf4_round_trip(rows.T).T if recipe.flipped else nf4_round_trip(rows)
+        needs_base = any(change.needs_base for change in recipe.changes[1:])
+        before = rows.clone() if needs_base else rows
+        for change in recipe.changes:
+            if change.apply(rows, before, first):
+                self.changed.add(name)
+        self._require_finite(rows, name)
+        return rows
 
     def _to(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         import torch
@@ -109,68 +154,25 @@ class MergedWeights:
             )
 
 
-# -- what goes where ----------------------------------------------------------------------------------------------
+# -- the base -----------------------------------------------------------------------------------------------------
 
 
-def _match(adapter: Adapter, weights: Checkpoint, config: dict[str, Any]) -> dict[str, LoraModule]:
-    """Base tensor name → the adapter's module for it. Every module finds its tensor, or nothing is merged."""
-    rename = _find_renaming(adapter, weights)
-    changes: dict[str, LoraModule] = {}
-    problems: list[str] = []
-    for module in adapter.modules:
-        name = rename(module.name) + ".weight"
-        stored = weights.tensors.get(name)
-        if config.get("tie_word_embeddings") and module.name.rpartition(".")[2] == "lm_head":
-            problems.append(f"`{module.name}` shares its weight with the embedding, which a merge would change too")
-        elif stored is None:
-            problems.append(f"`{module.name}` of the adapter has no counterpart `{name}` in the base")
-        elif not stored.is_float:
-            problems.append(f"`{name}` is stored as {stored.dtype}: this base is quantised")
-        elif stored.shape != module.weight_shape:
-            problems.append(f"`{name}` has the shape {stored.shape}, the adapter was trained on {module.weight_shape}")
-        else:
-            changes[name] = module
-    for module_name, kept in adapter.whole.items():
-        if not _is_the_bases_own(adapter.stored, kept, weights, rename(module_name) + ".weight"):
-            problems.append(f"`{module_name}` was trained in full, which a merge does not carry over yet")
-    if problems:
-        hint = "was the adapter trained on this base, and is the base the 16-bit one?"
-        raise ExportError([Problem(message, str(adapter.place), hint) for message in _few(problems)])
-    return changes
-
-
-def _find_renaming(adapter: Adapter, weights: Checkpoint) -> Callable[[str], str]:
-    """How a module's name in the live model becomes its name on disk.
-
-    Mostly they are the same. Some bases were saved without the outermost module (`h.0.…` for `transformer.h.0.…`), and
-    an adapter may have been trained on a model without its head (`layers.0.…` for `model.layers.0.…`).
-    """
-    first = adapter.modules[0].name.partition(".")[0]
-    outer = {name.partition(".")[0] for name in weights.tensors}
-    candidates = [("", ""), (f"{first}.", ""), *(("", f"{name}.") for name in sorted(outer))]
-    for drop, add in candidates:
-        if all(add + module.name.removeprefix(drop) + ".weight" in weights.tensors for module in adapter.modules):
-            return lambda name, drop=drop, add=add: add + name.removeprefix(drop)  # type: ignore[misc]
-    return lambda name: name
-
-
-def _is_the_bases_own(saved: Checkpoint, name: str, weights: Checkpoint, base_name: str) -> bool:
-    """Whether a weight that came with the adapter is the base's, in the adapter's dtype."""
-    stored, base = saved.tensors[name], weights.tensors.get(base_name)
-    if base is None or base.shape != stored.shape or not base.is_float or not stored.is_float:
-        return False
-    ours = saved.read(name)
-    position = 0
-    for chunk in weights.chunks(base_name):
-        part = ours[position : position + len(chunk)]
-        if not bool((chunk.to(part.dtype) == part).all()):
-            return False
-        position += len(chunk)
-    return True
-
-
-def _few(problems: list[str]) -> list[str]:
-    return problems if len(problems) <= 5 else [*problems[:5], f"… and {len(problems) - 5} more of this kind"]
+def _check_shapes(config: Mapping[str, Any], weights: Checkpoint) -> None:
+    """Raise ExportError if config.json speaks of another embedding than the weights have: a folder of two models."""
+    text = config.get("text_config")
+    settings = text if isinstance(text, dict) else config
+    for tensor in weights.tensors.values():
+        path = tensor.name.split(".")
+        if path[-1] != "weight" or len(path) < 2 or path[-2] not in EMBEDDINGS or len(tensor.shape) != 2:
+            continue
+        for key, size in zip(("vocab_size", "hidden_size"), tensor.shape, strict=True):
+            said = settings.get(key, settings.get("n_embd") if key == "hidden_size" else None)
+            if isinstance(said, int) and said != size and "word_embed_proj_dim" not in settings:
+                raise ExportError(
+                    f"`{tensor.name}` has the shape {tensor.shape}, and config.json says `{key}` {said}",
+                    place=str(weights.place),
+                    hint="weights and config.json are of different models: download both again",
+                )
 
 
 def _target_dtype(stored: StoredTensor, dtype: DType | None) -> str:
@@ -186,7 +188,7 @@ def _target_dtype(stored: StoredTensor, dtype: DType | None) -> str:
     return _STORED_NAMES[dtype] if dtype else stored.dtype
 
 
-def _merged_config(config: dict[str, Any], planned: list[TensorInfo]) -> dict[str, Any]:
+def _merged_config(config: dict[str, Any], planned: list[TensorInfo], *, untied: bool) -> dict[str, Any]:
     """The base's configuration with the dtype that the weights have now, and without a quantiser's settings."""
     counts: dict[str, int] = {}
     for tensor in planned:
@@ -194,4 +196,22 @@ def _merged_config(config: dict[str, Any], planned: list[TensorInfo]) -> dict[st
     main = max((dtype for dtype in counts if dtype in _STORED_NAMES.values()), key=lambda dtype: counts[dtype])
     name = next(long for long, short in _STORED_NAMES.items() if short == main)
     kept = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
-    return kept | {"dtype": name}
+    if untied:
+        kept["tie_word_embeddings"] = False
+        if isinstance(text := kept.get("text_config"), dict):
+            kept["text_config"] = text | {"tie_word_embeddings": False}
+    return kept | _for_older_readers(kept) | {"dtype": name}
+
+
+def _for_older_readers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Where transformers before 5 had what `rope_parameters` says now.
+
+    mlx-lm 0.32 reads only these keys and silently takes its own theta without them: a Qwen 2 then says something else
+    from the first token on. transformers 5 takes `rope_parameters` where there are both.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return {}  # none, or one for each kind of layer, which there was no old way to say
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    old = {"rope_theta": rope["rope_theta"], "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+    return {key: value for key, value in old.items() if key not in config}

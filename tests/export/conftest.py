@@ -105,6 +105,24 @@ def save_adapter(base: Path, folder: Path, *, strength: float = 0.1, seed: int =
     return folder
 
 
+def train_adapter(base: Path, folder: Path, *, seed: int = 1, **settings: Any) -> Path:
+    """As `save_adapter`, with everything that could be trained moved by a random step."""
+    import peft
+    import transformers
+
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
+    with peft_allowed():
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(**lora))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn_like(parameter) * 0.1
+    wrapped.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def _q_adapter(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_adapter(stories, tmp_path_factory.mktemp("adapters") / "q", target_modules=["q_proj"])
@@ -122,13 +140,61 @@ def full_adapter(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return save_adapter(stories, tmp_path_factory.mktemp("adapters") / "full")
 
 
-def peft_merged(base: Path, adapter: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The reference: what PEFT itself makes of them, by tensor name (tied weights once)."""
+def peft_merged(
+    base: Path, adapter: Path, dtype: torch.dtype, *, then: Path | None = None, as_saved: Path | None = None
+) -> dict[str, torch.Tensor]:
+    """The reference: what PEFT itself makes of them, by tensor name (tied weights once).
+
+    then      a second adapter, merged after the first
+    as_saved  an empty folder to save the model to, for the names and shapes that tensors have on disk
+    """
     import peft
     import transformers
+    from safetensors.torch import load_file
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     with peft_allowed():
-        merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    tied = set(getattr(merged, "all_tied_weights_keys", {}) or {})
+        wrapped = peft.PeftModel.from_pretrained(model, adapter)
+        names = None
+        if then is not None:
+            wrapped.load_adapter(then, "second")
+            names = ["default", "second"]
+        merged = wrapped.merge_and_unload(adapter_names=names)
+    if as_saved is not None:
+        merged.save_pretrained(as_saved)
+        return dict(load_file(as_saved / "model.safetensors"))
+    tied = set(getattr(merged, "all_tied_weights_keys", {}) or {}) if merged.config.tie_word_embeddings else set()
     return {name: tensor for name, tensor in merged.state_dict().items() if name not in tied}
+
+
+def unmerged_logits(folder: Path, adapter: Path | None) -> torch.Tensor:
+    """Logits of a model, with an adapter beside it or without, in float32, (1, 24, vocabulary)."""
+    import peft
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter is not None:
+        with peft_allowed():
+            model = peft.PeftModel.from_pretrained(model, adapter)
+    ids = torch.arange(24).unsqueeze(0) * 3 % model.config.vocab_size
+    with torch.no_grad():
+        return torch.as_tensor(model.eval()(ids).logits)
+
+
+def merged_bits(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model folder."""
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def assert_same_bits(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    actual = merged_bits(folder)
+    assert set(actual) == set(expected)
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert actual[name].shape == tensor.shape, name
+        assert torch.equal(actual[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name

@@ -16,23 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from finetune.export.lora import LoraModule, delta, merge_weight, scaling
+from finetune.export.lora import SMALLEST_BLOCK, LoraModule, delta, merge_rows, merge_weight, row_blocks, scaling
 from finetune.export.merge import merge
 from finetune.export.merged import DType
 
-from .conftest import LlamaMaker, peft_merged, save_adapter
+from .conftest import LlamaMaker, assert_same_bits, peft_merged, save_adapter
 
 DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def _assert_same_bits(folder: Path, expected: dict[str, torch.Tensor]) -> None:
-    actual: dict[str, torch.Tensor] = {}
-    for file in folder.glob("*.safetensors"):
-        actual |= load_file(file)
-    assert set(actual) == set(expected)
-    for name, tensor in expected.items():
-        assert actual[name].dtype == tensor.dtype, name
-        assert torch.equal(actual[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,7 +36,7 @@ def test_merging_a_real_model_gives_the_bits_peft_gives(
 
     report = merge(stories, full_adapter, tmp_path / "merged", tokenizer=stories, dtype=dtype, on_tensor=on_tensor)
 
-    _assert_same_bits(tmp_path / "merged", peft_merged(stories, full_adapter, DTYPES[dtype]))
+    assert_same_bits(tmp_path / "merged", peft_merged(stories, full_adapter, DTYPES[dtype]))
     assert (report.merged, report.copied) == (35, 12)
     assert seen == list(range(47))
     assert report.nbytes == (tmp_path / "merged" / "model.safetensors").stat().st_size
@@ -56,7 +46,7 @@ def test_without_a_dtype_each_tensor_keeps_the_bases(make_llama: LlamaMaker, sto
     base = make_llama(dtype=torch.bfloat16)
     adapter = save_adapter(base, tmp_path / "adapter")
     merge(base, adapter, tmp_path / "merged", tokenizer=stories, dtype=None)
-    _assert_same_bits(tmp_path / "merged", peft_merged(base, adapter, torch.bfloat16))
+    assert_same_bits(tmp_path / "merged", peft_merged(base, adapter, torch.bfloat16))
 
 
 def test_the_merged_folder_is_a_model_that_loads_and_keeps_the_runs_tokenizer(
@@ -113,7 +103,7 @@ def test_kinds_of_lora(make_llama: LlamaMaker, stories: Path, tmp_path: Path, lo
     base = make_llama(tie_word_embeddings=False)
     adapter = save_adapter(base, tmp_path / "adapter", **lora)
     merge(base, adapter, tmp_path / "merged", tokenizer=stories, dtype=dtype)
-    _assert_same_bits(tmp_path / "merged", peft_merged(base, adapter, DTYPES[dtype]))
+    assert_same_bits(tmp_path / "merged", peft_merged(base, adapter, DTYPES[dtype]))
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
@@ -122,7 +112,7 @@ def test_conv1d_weights_are_stored_the_other_way_round(make_llama: LlamaMaker, s
     adapter = save_adapter(base, tmp_path / "adapter", target_modules=["c_attn", "c_proj"])
     assert json.loads((adapter / "adapter_config.json").read_text())["fan_in_fan_out"] is True
     merge(base, adapter, tmp_path / "merged", tokenizer=stories, dtype=None)
-    _assert_same_bits(tmp_path / "merged", peft_merged(base, adapter, torch.float32))
+    assert_same_bits(tmp_path / "merged", peft_merged(base, adapter, torch.float32))
 
 
 def test_a_base_in_many_files_saved_without_its_outermost_module(
@@ -140,7 +130,7 @@ def test_a_base_in_many_files_saved_without_its_outermost_module(
 
     merge(base, adapter, tmp_path / "merged", tokenizer=stories, dtype=None)
 
-    _assert_same_bits(tmp_path / "merged", {name.removeprefix("model."): tensor for name, tensor in expected.items()})
+    assert_same_bits(tmp_path / "merged", {name.removeprefix("model."): tensor for name, tensor in expected.items()})
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -183,6 +173,43 @@ def test_any_rank_and_alpha_gives_pefts_layer(
     assert torch.equal(delta(module), layer.get_delta_weight("default"))
     layer.merge()
     assert torch.equal(ours, inner.weight.data)
+
+
+@pytest.mark.parametrize("shape", [(640, 256), (97, 333), (16, 64), (1, 48), (2, 7), (257, 2)])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_blocks_of_rows_give_the_bits_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], dora: bool, transposed: bool
+) -> None:
+    monkeypatch.setattr("finetune.export.lora.BLOCK_ELEMENTS", 64)
+    torch.manual_seed(0)
+    out, into = shape[::-1] if transposed else shape
+    magnitude = torch.rand(out) if dora else None
+    module = LoraModule("layer", torch.randn(5, into), torch.randn(out, 5), 1.5, transposed, magnitude)
+    weight = torch.randn(shape).bfloat16()
+    blocks = [(0, shape[0])] if module.needs_whole else list(row_blocks(*shape))
+    assert sum(count for _, count in blocks) == shape[0]
+    assert len(blocks) == 1 or min(count for _, count in blocks) >= SMALLEST_BLOCK
+    parts = [
+        merge_rows(weight[first : first + count], weight[first : first + count], module, first)
+        for first, count in blocks
+    ]
+    assert torch.equal(torch.cat(parts), merge_weight(weight, module))
+
+
+IMPORTED = """
+import sys
+from pathlib import Path
+from finetune.export.merge import merge
+base, adapter, out = map(Path, sys.argv[1:])
+merge(base, adapter, out, tokenizer=base, dtype=None)
+print(*sorted({name.partition(".")[0] for name in sys.modules} & {"transformers", "peft", "bitsandbytes", "pydantic"}))
+"""
+
+
+def test_a_merge_loads_nothing_but_torch(stories: Path, full_adapter: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", IMPORTED, str(stories), str(full_adapter), str(tmp_path / "merged")]
+    assert subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip() == ""
 
 
 def test_an_interrupted_merge_leaves_nothing_with_a_final_name(

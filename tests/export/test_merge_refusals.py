@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import BaseError, ExportError, FinetuneError, RunError, StorageError
+from finetune.export.base_identity import check_base, fingerprint
 from finetune.export.merge import merge
+from finetune.export.safetensors_io import Checkpoint, StoredTensor
 
 from .conftest import LlamaMaker, save_adapter
 
@@ -34,8 +36,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 REFUSED_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "another method": ({"peft_type": "LOHA"}, "only LORA"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "bias": ({"bias": "all"}, "`bias`"),
-    "lora_bias": ({"lora_bias": True}, "lora_bias"),
+    "lora_bias": ({"lora_bias": True}, "not ['A', 'B', 'bias']"),
     "trained tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     "experts": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
     "replicated layers": ({"layer_replication": [[0, 2]]}, "layer_replication"),
@@ -44,6 +45,13 @@ REFUSED_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "an init that changed the base": ({"init_lora_weights": "pissa_niter_4"}, "changed the base"),
     "another rank": ({"r": 5}, "rank 5"),
     "a broken pattern": ({"rank_pattern": {"(": 3}}, "rank_pattern"),
+    "no table of patterns": ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
+    "a rank of nothing": ({"rank_pattern": {"q_proj": 0}}, "`rank_pattern` has 0"),
+    "a rank below one": ({"r": 0}, "`r` is 0"),
+    "an alpha in words": ({"alpha_pattern": {"q_proj": "much"}}, "alpha_pattern"),
+    "no list of names": ({"modules_to_save": "lm_head"}, "not a list of names"),
+    "DoRA without its magnitudes": ({"use_dora": True}, "not ['A', 'B', 'dora']"),
+    "Megatron": ({"megatron_config": {"x": 1}}, "megatron_config"),
     "no rank": ({"r": None}, "must be numbers"),
 }
 
@@ -66,6 +74,11 @@ def _for_another_module(tensors: Tensors) -> None:
     tensors.update({name.replace("q_proj", "z_proj"): tensor.clone() for name, tensor in list(tensors.items())})
 
 
+def _embedding_of_rank(rank: int, *, rows: int = 512) -> Callable[[Tensors], Any]:
+    name = "base_model.model.model.embed_tokens.lora_embedding_"
+    return lambda tensors: tensors.update({f"{name}A": torch.ones(rank, rows), f"{name}B": torch.ones(64, rank)})
+
+
 def _scale_b(factor: float) -> Callable[[Tensors], Any]:
     return lambda tensors: [tensor.mul_(factor) for name, tensor in tensors.items() if "lora_B" in name]
 
@@ -73,11 +86,20 @@ def _scale_b(factor: float) -> Callable[[Tensors], Any]:
 BASE = "base_model.model"
 REFUSED_TENSORS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "a part is missing": (lambda tensors: tensors.pop(f"{Q}.lora_B.weight"), "has the parts"),
-    "a weight in full": (_put(f"{BASE}.model.norm.weight", 64), "in full"),
-    "an unknown weight in full": (_put(f"{BASE}.lm_head.weight", 512, 64), "in full"),
+    "a weight in full, of another shape": (_put(f"{BASE}.model.norm.weight", 65), "shape"),
+    "an unknown weight in full": (_put(f"{BASE}.model.extra.weight", 64), "in full"),
     "a stray": (_put(f"{Q}.lora_C.weight", 2), "not known"),
-    "an embedding": (_put(f"{BASE}.model.embed_tokens.lora_embedding_A", 2, 2), "of an embedding"),
+    "an embedding": (_put(f"{BASE}.model.embed_tokens.lora_embedding_A", 2, 2), "has the parts ['A']"),
     "a bias": (_put(f"{Q}.lora_B.bias", 2), "bias"),
+    "a bias that the base has not": (_put(f"{Q}.base_layer.bias", 64), "in full"),
+    "a bias of lora_A": (_put(f"{Q}.lora_A.bias", 4), "not known"),
+    "tokens that nobody named": (_put(f"{BASE}.model.embed_tokens.token_adapter.trainable_tokens_delta", 2, 64), "tok"),
+    "an embedding's rank": (_embedding_of_rank(3), "rank 4"),
+    "an embedding's size": (_embedding_of_rank(4, rows=511), "shape"),
+    "an infinite weight in full": (
+        lambda tensors: tensors.update({f"{BASE}.model.norm.weight": torch.full((64,), float("inf"))}),
+        "not finite",
+    ),
     "trained tokens": (_put(f"{BASE}.model.embed_tokens.trainable_tokens_delta", 2), "tokens"),
     "no such module": (_for_another_module, "no counterpart"),
     "another shape": (_put(f"{Q}.lora_B.weight", 65, 4), "shape"),
@@ -97,19 +119,57 @@ def test_tensors_that_cannot_be_merged_are_refused(stories: Path, q_adapter: Pat
     _refused(stories, q_adapter, tmp_path, words)
 
 
-def test_a_layer_that_shares_its_weight_with_the_embedding_is_refused(
-    stories: Path, q_adapter: Path, tmp_path: Path
+@pytest.mark.parametrize(("key", "value"), [("vocab_size", 513), ("hidden_size", 63)])
+def test_weights_and_configuration_of_different_models_are_refused(
+    stories: Path, q_adapter: Path, tmp_path: Path, key: str, value: int
 ) -> None:
-    _edit_tensors(
-        q_adapter,
-        lambda t: t.update(
-            {
-                "base_model.model.lm_head.lora_A.weight": torch.ones(4, 64),
-                "base_model.model.lm_head.lora_B.weight": torch.ones(512, 4),
-            }
-        ),
-    )
-    _refused(stories, q_adapter, tmp_path, "shares its weight")
+    base = Path(shutil.copytree(stories, tmp_path / "base", copy_function=shutil.copyfile))
+    base.chmod(0o755)
+    (base / "config.json").write_text(json.dumps(json.loads((stories / "config.json").read_text()) | {key: value}))
+    _refused(base, q_adapter, tmp_path, f"config.json says `{key}` {value}")
+
+
+def test_no_adapter_is_refused(stories: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no adapter"):
+        merge(stories, [], tmp_path / "merged", tokenizer=stories, dtype=None)
+
+
+def test_a_base_that_was_not_trained_on_is_refused(make_llama: LlamaMaker, stories: Path, tmp_path: Path) -> None:
+    """Shapes and names agree; a setting in config.json does not, or the weights lie elsewhere."""
+    base = make_llama()
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    recorded = {"revision": None, "base_files": fingerprint(base), "seed": 1}
+    check_base(recorded, base)
+    check_base({"base": "somebody/else", "revision": "main"}, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
+    with pytest.raises(ExportError, match=r"config\.json: is not the file that the adapter was trained on"):
+        merge(base, adapter, tmp_path / "merged", tokenizer=stories, dtype=None, recorded=recorded)
+    assert not list(tmp_path.glob("merged*"))
+    assert fingerprint(make_llama("sharded", shard="60KB")).keys() == {"config.json", "model.safetensors.index.json"}
+
+
+def test_another_revision_is_refused(tmp_path: Path) -> None:
+    base = tmp_path / "snapshots" / ("a" * 40)
+    base.mkdir(parents=True)
+    check_base({"revision": "a" * 40}, base)
+    with pytest.raises(ExportError, match=f"trained on {'b' * 40}"):
+        check_base({"revision": "b" * 40}, base)
+
+
+def test_a_wrong_base_is_refused_without_reading_its_weights(
+    make_llama: LlamaMaker, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = save_adapter(make_llama(), tmp_path / "adapter", modules_to_save=["lm_head"])
+    other = make_llama("other", hidden_size=32)
+    read = Checkpoint._read
+
+    def only_the_adapters(self: Checkpoint, stored: StoredTensor, start: int, nbytes: int) -> torch.Tensor:
+        assert stored.file.parent == adapter, stored
+        return read(self, stored, start, nbytes)
+
+    monkeypatch.setattr(Checkpoint, "_read", only_the_adapters)
+    _refused(other, adapter, tmp_path, "shape", tokenizer=stories)
 
 
 def test_a_sum_too_large_for_float16_is_refused_by_name(stories: Path, q_adapter: Path, tmp_path: Path) -> None:

@@ -45,6 +45,11 @@ class TensorInfo:
         return math.prod(self.shape) * _BITS[self.dtype] // 8
 
     @property
+    def rows(self) -> int:
+        """The first dimension; a scalar counts as one row."""
+        return self.shape[0] if self.shape else 1
+
+    @property
     def is_float(self) -> bool:
         """Whether this holds plain floating-point numbers (16 bit and wider), not codes of a quantiser."""
         return self.dtype in ("F16", "BF16", "F32", "F64")
