@@ -5,11 +5,17 @@ llama.cpp's architecture `llama`; keys as in https://github.com/ggml-org/ggml/bl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from finetune.export.gguf.family import Config, Family, Metadata, Rule
-from finetune.export.gguf.rope import interleave_halves, llama3_factors
+from finetune.export.gguf.rope import (
+    context_length,
+    interleave_halves,
+    llama3_factors,
+    scaling_keys,
+    scaling_problems,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -66,11 +72,14 @@ def head_dim(config: Config) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def metadata(architecture: str, config: Config) -> Metadata:
-    """The keys of a dense decoder with RMS norms and rotary positions, which several families have in common."""
-    rope = config.rope_parameters
+def metadata(architecture: str, config: Config, rope: Mapping[str, Any] | None = None) -> Metadata:
+    """The keys of a dense decoder with RMS norms and rotary positions, which several families have in common.
+
+    rope  the positions' parameters; None takes the configuration's, for models that have the same in every layer
+    """
+    rope = config.rope_parameters if rope is None else rope
     keys: Metadata = {
-        "context_length": config.max_position_embeddings,
+        "context_length": context_length(rope, config.max_position_embeddings),
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
         "feed_forward_length": config.intermediate_size,
@@ -82,8 +91,7 @@ def metadata(architecture: str, config: Config) -> Metadata:
         "rope.dimension_count": head_dim(config),
         "rope.freq_base": float(rope["rope_theta"]),
     }
-    if rope["rope_type"] == "linear":
-        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    keys |= scaling_keys(rope)
     return {f"{architecture}.{key}": value for key, value in keys.items()}
 
 
@@ -98,8 +106,7 @@ def _refusals(config: Config) -> list[str]:
     if config.hidden_act != "silu":
         problems.append(f"its activation is {config.hidden_act}, llama.cpp's is silu")
     rope = config.rope_parameters
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
-        problems.append(f"its rope type {rope['rope_type']!r} cannot be converted yet")
+    problems += scaling_problems(rope, ("default", "linear", "llama3", "yarn"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append("it rotates a part of each head only")
     if config.num_attention_heads % config.num_key_value_heads:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from finetune.export.gguf.family import Config, Family, Rule
 from finetune.export.gguf.llama import metadata, own_output, unused_tensors
+from finetune.export.gguf.rope import scaling_problems
 
 _LAYER, _BLOCK = "model.layers.{layer}.", "blk.{layer}."
 
@@ -44,9 +45,7 @@ def _refusals(config: Config) -> list[str]:
     problems = []
     if config.hidden_act != "silu":
         problems.append(f"its activation is {config.hidden_act}, llama.cpp's is silu")
-    rope = config.rope_parameters
-    if rope["rope_type"] not in ("default", "linear"):
-        problems.append(f"its rope type {rope['rope_type']!r} cannot be converted yet")
+    problems += scaling_problems(config.rope_parameters, ("default", "linear", "yarn"))
     if config.num_attention_heads % config.num_key_value_heads:
         problems.append("its query heads are not a multiple of its key heads")
     if getattr(config, "use_sliding_window", False):

@@ -17,8 +17,19 @@ from finetune.errors import BaseError, ExportError
 from finetune.export.gguf import pretokenizer, spaces
 from finetune.export.gguf.family import Metadata
 from finetune.export.gguf.scores import merge_scores
-from finetune.export.gguf.tokens import NORMAL, fill, hide_lookalikes, mark_bytes, token_type
+from finetune.export.gguf.tokens import (
+    NORMAL,
+    USER_DEFINED,
+    closes_struck_out_text,
+    fill,
+    hide_lookalikes,
+    mark_bytes,
+    token_type,
+)
 from finetune.export.gguf.turn import end_of_turn, sample_conversation
+
+_IMAGE = "<image_soft_token>"
+"""Gemma 3's text models come with the tokenizer of the others; their embedding has no row for its token for images."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,9 @@ def read_tokenizer(folder: Path, rows: int) -> GgufTokenizer:
     added: dict[int, dict[str, Any]] = {token["id"]: token for token in spec["added_tokens"]}
     texts = {index: text for text, index in spec["model"]["vocab"].items()}
     texts |= {index: token["content"] for index, token in added.items()}
+    for index in [index for index, text in texts.items() if index >= rows and text == _IMAGE]:
+        del texts[index]
+        added.pop(index, None)
     if max(texts) >= rows:
         raise ExportError(
             f"its tokenizer has ids up to {max(texts)}, its embedding has {rows} rows",
@@ -57,7 +71,7 @@ def read_tokenizer(folder: Path, rows: int) -> GgufTokenizer:
     if _is_byte_level(spec):
         metadata, notes = _byte_level(tokenizer, spec, tokens, types, place)
     else:
-        metadata, notes = _sentence_pieces(spec, set(added), tokens, types, conversation, place)
+        metadata, notes = _sentence_pieces(spec, tokens, types, conversation, place)
     end = end_of_turn(conversation, [token["content"] for token in added.values()]) if conversation else None
     end_id = None if end is None else int(tokenizer.convert_tokens_to_ids(end))
     metadata |= _special_ids(tokenizer, end_id, place) | _automatic_tokens(tokenizer, conversation, place)
@@ -66,8 +80,12 @@ def read_tokenizer(folder: Path, rows: int) -> GgufTokenizer:
         if not conversation:
             notes.append("the chat template did not render a sample conversation")
     stripping = [token["content"] for token in added.values() if token["lstrip"] or token["rstrip"]]
-    if stripping:
+    if spaces.like_phi3(spec):  # llama.cpp goes by the name alone
+        metadata["general.name"] = "Phi-3"
+    elif stripping:
         notes.append(f"white space around {', '.join(stripping[:3])} is dropped in training, but not by llama.cpp")
+    if closes_struck_out_text(tokens, types):
+        notes.append("llama.cpp ends an answer at `</s>`, which in training is a word: it closes struck-out text")
     stop = dict.fromkeys(token for token in (end, tokenizer.eos_token) if token)
     return GgufTokenizer(metadata, tuple(stop), tuple(notes))
 
@@ -86,12 +104,15 @@ def _byte_level(
 
 
 def _sentence_pieces(
-    spec: dict[str, Any], added: set[int], tokens: list[str], types: list[int], conversation: str | None, place: str
+    spec: dict[str, Any], tokens: list[str], types: list[int], conversation: str | None, place: str
 ) -> tuple[Metadata, list[str]]:
     types = mark_bytes(tokens, types)
     prefix, notes = spaces.choose_prefix(spec, conversation, place)
+    # Spaces are marked after added tokens are looked for, so those of marked spaces only (Gemma's) are built by merges.
     pieces = {
-        text: index for text, index in spec["model"]["vocab"].items() if index not in added and types[index] == NORMAL
+        text: index
+        for index, (text, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind == NORMAL or (kind == USER_DEFINED and spaces.MARK in text)
     }
     scores, inexact = merge_scores(pieces, spec["model"]["merges"])
     if inexact:
@@ -131,9 +152,13 @@ def _merge_text(merge: Any, place: str) -> str:
 
 def _normaliser_notes(spec: dict[str, Any], place: str) -> list[str]:
     normaliser = spec.get("normalizer")
-    if normaliser is None:
+    steps = [normaliser] if normaliser else []
+    if normaliser and normaliser.get("type") == "Sequence":  # DeepSeek's is one of no steps
+        steps = normaliser["normalizers"]
+    kinds = {step.get("type") for step in steps}
+    if not kinds:
         return []
-    if normaliser.get("type") == "NFC":
+    if kinds == {"NFC"}:
         return ["text that is not in Unicode's composed form (NFC) is composed in training, but not by llama.cpp"]
     raise ExportError(f"its tokenizer changes text first ({json.dumps(normaliser)}), llama.cpp does not", place=place)
 

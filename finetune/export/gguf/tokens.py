@@ -69,3 +69,9 @@ def hide_lookalikes(tokens: list[str], types: list[int], tokenizer: Any) -> list
             reached = tokenizer(token, add_special_tokens=False)["input_ids"] == [index]
             hidden[index] = token if reached else f"[UNREACHED{index}]"
     return hidden
+
+
+def closes_struck_out_text(tokens: list[str], types: list[int]) -> bool:
+    """Whether `</s>` is an HTML tag of the vocabulary, as in Gemma's. llama.cpp reads it as the end of an answer."""
+    kinds = dict(zip(tokens, types, strict=True))
+    return kinds.get("<s>") == kinds.get("</s>") == USER_DEFINED
