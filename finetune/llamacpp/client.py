@@ -21,6 +21,7 @@ class LlamaCpp:
     threads     CPU threads; None lets llama.cpp choose. They wait busily: threads that share a core are very slow
     exact       keep the attention cache in float32 rather than float16, to compare with another implementation
     log         a file that llama.cpp's own log is appended to; None drops it
+    lora        adapters to apply, as GGUF files (`export.gguf.lora`)
 
     Raises MissingExtraError without `xllamacpp`, StorageError for a missing file or a log that cannot be opened,
     ExportError when llama.cpp refuses the file (its own words are in the message). Every method raises ExportError
@@ -36,9 +37,11 @@ class LlamaCpp:
         threads: int | None = None,
         exact: bool = False,
         log: Path | None = None,
+        lora: Sequence[Path] = (),
     ) -> None:
         self.path = path
-        settings = {"context": context, "gpu_layers": gpu_layers, "threads": threads, "exact": exact}
+        adapters = [str(adapter) for adapter in lora]
+        settings = {"context": context, "gpu_layers": gpu_layers, "threads": threads, "exact": exact, "lora": adapters}
         self._process = Process(path, settings, log)
 
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:

@@ -8,6 +8,8 @@ Why not in this process (`xllamacpp` could):
 
 The address is guarded by a key that is drawn for each process and handed over through a pipe, so that other users of
 the machine cannot use it. The process ends when its standard input does: when we close it, or when we end.
+
+`ft serve` opens the same process to others: an `Endpoint` says where, under which name and with which key.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from finetune.errors import ExportError, MissingExtraError, StorageError
 
@@ -34,10 +38,27 @@ _CLOSE_SECONDS = 5.0
 _QUIET, _VERBOSE = 1, 3  # llama.cpp's levels: 1 errors, 2 warnings, 3 information
 
 
+@dataclass(frozen=True)
+class Endpoint:
+    """Where others than ourselves may use a model."""
+
+    host: str
+    port: int
+    """0: any that is free."""
+    key: str | None
+    """What they must show as `Authorization: Bearer KEY`; None lets everybody in who reaches the address."""
+    name: str
+    """The model's name in /v1/models."""
+    parallel: int
+    """How many requests are answered at a time; they share the context. More wait."""
+
+
 class Process:
     """A running llama.cpp with one model. `settings` are what `_load` reads."""
 
-    def __init__(self, path: Path, settings: dict[str, Any], log: Path | None) -> None:
+    def __init__(
+        self, path: Path, settings: dict[str, Any], log: Path | None, endpoint: Endpoint | None = None
+    ) -> None:
         if importlib.util.find_spec("xllamacpp") is None:
             raise MissingExtraError("llama.cpp is not installed", hint='pip install "finetune[gguf]"')
         if not path.is_file():
@@ -52,7 +73,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self._log,
         )
-        order = settings | {"path": str(path), "key": self._key, "verbosity": _VERBOSE if log else _QUIET}
+        order = settings | {"path": str(path), "verbosity": _VERBOSE if log else _QUIET} | self._listen(endpoint)
         try:
             self.host, self.port = self._start(order)
         except BaseException:
@@ -83,6 +104,12 @@ class Process:
             except (OSError, http.client.HTTPException) as error:
                 raise self._explain(error) from error
 
+    def wait(self) -> NoReturn:
+        """Wait until the process ends by itself, and raise ExportError. Signal handlers may raise something else."""
+        while self._child.poll() is None:
+            time.sleep(0.5)
+        raise self._explain(OSError())
+
     def close(self) -> None:
         """End the process. May be called twice."""
         if self._child.stdin is not None:
@@ -96,6 +123,19 @@ class Process:
         if self._child.stdout is not None:
             self._child.stdout.close()
         self._log.close()
+
+    def _listen(self, endpoint: Endpoint | None) -> dict[str, Any]:
+        """Where to listen, and which keys to take. Without an endpoint: for us alone."""
+        if endpoint is None:
+            return {"host": "127.0.0.1", "port": 0, "keys": [self._key], "name": None, "parallel": 1}
+        keys = [self._key, endpoint.key] if endpoint.key else []  # no key at all leaves the door open
+        return {
+            "host": endpoint.host,
+            "port": endpoint.port,
+            "keys": keys,
+            "name": endpoint.name,
+            "parallel": endpoint.parallel,
+        }
 
     def _start(self, order: dict[str, Any]) -> tuple[str, int]:
         """Send the order, wait for the model to be loaded, return where it listens."""
@@ -192,12 +232,19 @@ def _load(order: dict[str, Any]) -> Any:
 
     params = xllamacpp.CommonParams()
     params.model.path = order["path"]
-    params.hostnames = ["127.0.0.1"]
-    params.port = 0  # any free one
-    params.api_keys = [order["key"]]
+    params.hostnames = [order["host"]]
+    params.port = order["port"]
+    params.api_keys = order["keys"]
+    # Pages of other sites that a person has open in a browser are not to read answers.
+    params.cors_origins = "localhost"
+    params.cors_credentials = False
+    params.endpoint_slots = False  # it would tell one user what another asks
+    if order["name"] is not None:
+        params.model_alias = {order["name"]}
     params.verbosity = order["verbosity"]
     params.n_ctx = order["context"]
-    params.n_parallel = 1
+    params.n_parallel = order["parallel"]
+    params.kv_unified = order["parallel"] > 1  # one request may use the whole context while the others are short
     # What is left open is chosen to fit into the GPU's memory; what is asked for stays.
     params.fit_params = order["gpu_layers"] is None or order["context"] == 0
     params.warmup = False
@@ -211,4 +258,5 @@ def _load(order: dict[str, Any]) -> Any:
     if order["exact"]:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in order.get("lora", ())]
     return xllamacpp.Server(params)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import importlib.util
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import BaseError, ExportError, MissingExtraError, Problem
-from finetune.export.gguf.encode import FILE_TYPES, Quant, choose, encode, nbytes
+from finetune.export.gguf.encode import Encoding, Piece, Quant, cut, encode_all, nbytes, require_encoders
 from finetune.export.gguf.families import FAMILIES
 from finetune.export.gguf.family import Config, Family, Metadata, PlannedTensor, plan
+from finetune.export.gguf.mix import QUANTS, ModelShape, choose
 from finetune.export.gguf.tokenizer import read_tokenizer
 from finetune.export.partial import partial_file, refuse_existing, require_space
-from finetune.export.safetensors_io import largest
 from finetune.export.source import Model
 
 if TYPE_CHECKING:
@@ -37,22 +37,15 @@ class GgufReport:
     architecture: str
     quant: Quant
     tensors: int
+    encodings: Mapping[Encoding, int]
+    """How many tensors are stored in which way."""
     nbytes: int
     seconds: float
     stop: tuple[str, ...]
     """The tokens that end an answer, as text."""
     notes: tuple[str, ...]
-    """In which rare respects llama.cpp will differ from the model as trained; empty when none is known."""
-
-
-@dataclass(frozen=True)
-class _Target:
-    """One tensor of the file: what it is called, how it is stored, where its rows come from."""
-
-    name: str
-    shape: tuple[int, ...]
-    quant: Quant
-    rows: Callable[[], Iterator[torch.Tensor]]
+    """In which rare respects llama.cpp will differ from the model as trained, and which tensors could not be stored as
+    the quant would have it; empty when there is nothing to say."""
 
 
 def convert(
@@ -66,11 +59,12 @@ def convert(
     """Write `out`, a GGUF file that llama.cpp runs as transformers runs `model`.
 
     model  `open_model` of a folder, or `merged_model`; the chat template goes into the file unchanged
-    quant  how matrices are stored (vectors are float32, matrices whose rows q8_0 cannot cut into 32s are float16)
+    quant  how matrices are stored: the mixture of encodings that llama.cpp makes (`mix.py`); vectors are float32
     name   for the file's metadata; None takes it from `out`
 
-    Raises ExportError for what llama.cpp would run differently or not at all, and for an `out` that exists;
-    MissingExtraError without the `gguf` package; BaseError and StorageError for what cannot be read or written.
+    Raises ExportError for what llama.cpp would run differently or not at all, for values that the quant cannot hold and
+    for an `out` that exists; MissingExtraError without the `gguf` package, and for most quants without `xllamacpp`;
+    BaseError and StorageError for what cannot be read or written.
     """
     started = time.monotonic()
     if importlib.util.find_spec("gguf") is None:
@@ -78,30 +72,35 @@ def convert(
     refuse_existing(out)
     config = _load_config(model)
     family = _family(config, model.place)
-    targets = [_target(tensor, quant) for tensor in plan(family, config, model.weights)]
-    targets += [_computed(target, tensor) for target, tensor in family.extra(config).items()]
-    rows = next(target.shape[0] for target in targets if target.name == "token_embd.weight")
-    tokenizer = read_tokenizer(model.tokenizer, rows)
+    planned = plan(family, config, model.weights)
+    planned += [_computed(target, tensor) for target, tensor in family.extra(config).items()]
+    vocabulary = next(tensor.shape[0] for tensor in planned if tensor.target == "token_embd.weight")
+    tokenizer = read_tokenizer(model.tokenizer, vocabulary)
+    described = family.metadata(config)
+    mix = choose(quant, [(t.target, t.shape) for t in planned], _shape(family.architecture, described))
+    require_encoders(set(mix.encodings.values()))
     metadata: Metadata = {
         "general.type": "model",
         "general.name": _safe_name(name or out.stem, family),
-        "general.file_type": FILE_TYPES[quant],
+        "general.file_type": QUANTS[quant][1],
         "general.quantization_version": 2,
-        f"{family.architecture}.vocab_size": rows,
+        f"{family.architecture}.vocab_size": vocabulary,
     }
-    size = sum(nbytes(target.shape, target.quant) for target in targets)
+    size = sum(nbytes(tensor.shape, mix.encodings[tensor.target]) for tensor in planned)
     require_space(out.parent, size + _METADATA_BYTES)
     with partial_file(out) as path:
-        _write_head(path, family, metadata | family.metadata(config) | tokenizer.metadata, targets)
+        _write_head(path, family, metadata | described | tokenizer.metadata, planned, mix.encodings)
         with path.open("ab") as file:
-            for done, target in enumerate(targets):
-                if on_tensor:
-                    on_tensor(done, len(targets), target.name)
-                _write_tensor(file, target, model.place)
+            for piece, data in encode_all(_pieces(planned, mix.encodings, str(model.place), on_tensor)):
+                if piece.first:
+                    file.write(bytes(-file.tell() % ALIGNMENT))
+                file.write(data)
             total = file.tell()
-    notes = (*family.notes(config), *tokenizer.notes)
+    notes = (*family.notes(config), *mix.notes(), *tokenizer.notes)
     seconds = time.monotonic() - started
-    return GgufReport(out, family.architecture, quant, len(targets), total, seconds, tokenizer.stop, notes)
+    return GgufReport(
+        out, family.architecture, quant, len(planned), mix.counts(), total, seconds, tokenizer.stop, notes
+    )
 
 
 def _load_config(model: Model) -> Config:
@@ -138,34 +137,50 @@ def _safe_name(name: str, family: Family) -> str:
 # -- tensors ------------------------------------------------------------------------------------------------------
 
 
-def _target(tensor: PlannedTensor, quant: Quant) -> _Target:
-    return _Target(tensor.target, tensor.shape, choose(tensor.shape, quant), tensor.rows)
+def _computed(name: str, tensor: torch.Tensor) -> PlannedTensor:
+    return PlannedTensor(name, tuple(tensor.shape), lambda: iter([tensor]))
 
 
-def _computed(name: str, tensor: torch.Tensor) -> _Target:
-    return _Target(name, tuple(tensor.shape), "f32", lambda: iter([tensor]))
+def _shape(architecture: str, described: Metadata) -> ModelShape:
+    """What the choice of encodings depends on, from the keys that llama.cpp reads it from."""
+
+    def number(key: str, missing: int) -> int:
+        value = described.get(f"{architecture}.{key}", missing)
+        first = value[0] if isinstance(value, Sequence) else value  # one for each layer: the first one's counts
+        return int(first)
+
+    heads = number("attention.head_count", 0)
+    return ModelShape(
+        architecture,
+        layers=number("block_count", 0),
+        heads=heads,
+        kv_heads=number("attention.head_count_kv", heads),
+        experts=number("expert_count", 0),
+    )
 
 
-def _write_tensor(file: IO[bytes], target: _Target, model: Path) -> None:
-    import torch
-
-    file.write(bytes(-file.tell() % ALIGNMENT))
-    limit = torch.finfo(torch.float16 if target.quant == "f16" else torch.float32).max
-    for chunk in target.rows():
-        found = largest(chunk)
-        if not found <= limit:  # NaN is not less or equal either
-            raise ExportError(
-                f"`{target.name}` has values that {target.quant} cannot hold ({found:g})",
-                place=str(model),
-                hint="convert to bf16 or f32",
-            )
-        file.write(encode(chunk, target.quant))
+def _pieces(
+    planned: Sequence[PlannedTensor],
+    encodings: Mapping[str, Encoding],
+    place: str,
+    on_tensor: Callable[[int, int, str], None] | None,
+) -> Iterator[Piece]:
+    for done, tensor in enumerate(planned):
+        if on_tensor:
+            on_tensor(done, len(planned), tensor.target)
+        yield from cut(tensor.target, tensor.rows(), encodings[tensor.target], place)
 
 
 # -- metadata -----------------------------------------------------------------------------------------------------
 
 
-def _write_head(path: Path, family: Family, metadata: Mapping[str, Any], targets: list[_Target]) -> None:
+def _write_head(
+    path: Path,
+    family: Family,
+    metadata: Mapping[str, Any],
+    planned: Sequence[PlannedTensor],
+    encodings: Mapping[str, Encoding],
+) -> None:
     """Everything before the first tensor: sizes and places of the tensors are known from their shapes."""
     import numpy
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -182,10 +197,11 @@ def _write_head(path: Path, family: Family, metadata: Mapping[str, Any], targets
             writer.add_string(key, value)
         else:
             writer.add_array(key, value)
-    for target in targets:
-        size = nbytes(target.shape, target.quant)
-        kind = GGMLQuantizationType[target.quant.upper()]
-        writer.add_tensor_info(target.name, target.shape, numpy.dtype(numpy.float32), size, kind)
+    for tensor in planned:
+        encoding = encodings[tensor.target]
+        kind = GGMLQuantizationType[encoding.upper()]
+        size = nbytes(tensor.shape, encoding)
+        writer.add_tensor_info(tensor.target, tensor.shape, numpy.dtype(numpy.float32), size, kind)
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
