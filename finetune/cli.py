@@ -46,6 +46,15 @@ SetOption = Annotated[
 ]
 RunsOption = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where run folders are kept.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs on stdout.")]
+OntoOption = Annotated[
+    str,
+    typer.Option(
+        "--base", help="What the adapter is put onto: stored, the 16-bit weights; nf4, as training held them."
+    ),
+]
+VerifyOption = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Compare the result with what was trained before it gets its name.")
+]
 RUNS = Path("runs")
 
 
@@ -176,7 +185,9 @@ def evaluate(run: RunArgument, json_output: JsonOption = False) -> None:
 @app.command()
 def chat(
     run: RunArgument,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Ask this one thing and exit.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="Ask this one thing and exit; `-` reads it from stdin.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     using: Annotated[
         str, typer.Option("--using", help="adapter, merged, gguf, or auto: the newest there is.")
@@ -184,12 +195,14 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 gives the most likely answer every time.")] = 0.0,
 ) -> None:
-    """Talk to a trained model. An empty line or Ctrl-D ends it.
+    """Talk to a trained model. Ctrl-C stops an answer, Ctrl-D ends the conversation, /help lists what else there is.
 
     \b
     Examples:
       ft chat runs/quickstart
+      ft chat runs/quickstart --system "Answer in one word."
       ft chat runs/quickstart --prompt "Which kind of clause is this? ..."
+      ft chat runs/quickstart --prompt - < question.txt
     """
     from finetune.runs.folder import finished_run
     from finetune.serve.chat import Settings, talk
@@ -198,38 +211,102 @@ def chat(
 
 
 @app.command()
-def merge(run: RunArgument) -> None:
-    """Add the adapter to its 16-bit base: a model folder that needs no PEFT.
+def serve(
+    run: RunArgument,
+    using: Annotated[
+        str, typer.Option("--using", help="gguf, merged, adapter, or auto: the newest GGUF file, else the newest.")
+    ] = "auto",
+    host: Annotated[
+        str, typer.Option(help="The address to listen on. Others than this machine's own need a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", metavar="KEY", envvar="FT_API_KEY", help="What clients must show."),
+    ] = None,
+    context: Annotated[
+        int, typer.Option(min=0, help="Tokens that all requests together may hold; 0: as many as in training.")
+    ] = 8192,
+    gpu_layers: Annotated[
+        int | None, typer.Option(min=0, help="Layers on the GPU; as many as fit if left out. For a GGUF file.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. For a GGUF file.")] = None,
+) -> None:
+    """Serve a trained model: an OpenAI-compatible endpoint at http://127.0.0.1:8000/v1.
 
     \b
-    Example:
-      ft merge runs/quickstart
+    Examples:
+      ft serve runs/quickstart
+      FT_API_KEY=... ft serve runs/quickstart --host 0.0.0.0 --port 8080
     """
+    from finetune.runs.folder import finished_run
+    from finetune.serve.server import Settings
+    from finetune.serve.server import serve as run_server
+
+    settings = Settings(using, host, port, api_key, context, gpu_layers, threads)
+    run_server(finished_run(run), settings, console)
+
+
+@app.command()
+def merge(run: RunArgument, base: OntoOption = "stored", verify: VerifyOption = True) -> None:
+    """Add the adapter to its 16-bit base: a model folder that needs no PEFT, proven to say what was trained.
+
+    \b
+    Examples:
+      ft merge runs/quickstart
+      ft merge runs/quickstart --base nf4
+    """
+    from finetune.delivery import Wishes
     from finetune.delivery import merge as run_merge
     from finetune.runs.folder import finished_run
 
-    run_merge(finished_run(run), console)
+    run_merge(finished_run(run), Wishes(onto=base, verify=verify), console)
 
 
 @app.command()
 def export(
     run: RunArgument,
     to: Annotated[
-        str, typer.Option("--to", help="hf: safetensors for transformers and vLLM. gguf: Ollama, llama.cpp.")
+        str,
+        typer.Option(
+            "--to",
+            help="gguf: Ollama, LM Studio, llama.cpp. hf: transformers, vLLM, MLX. gguf-lora: the adapter alone.",
+        ),
     ] = "gguf",
-    quant: Annotated[str, typer.Option("--quant", help="For gguf: f16, bf16 or q8_0.")] = "q8_0",
+    quant: Annotated[
+        list[str] | None,
+        typer.Option("--quant", help="For gguf: q8_0, q6_k, q5_k_m, q4_k_m, f16 …; several with commas."),
+    ] = None,
+    base: OntoOption = "stored",
+    verify: VerifyOption = True,
+    system: Annotated[str | None, typer.Option(help="A system message for the Modelfile.")] = None,
+    ollama_template: Annotated[
+        bool, typer.Option("--ollama-template", help="Write the chat template into the Modelfile as well.")
+    ] = False,
+    ollama_base: Annotated[
+        str | None,
+        typer.Option(
+            "--ollama-base", metavar="NAME", help="For gguf-lora: what Ollama calls the base; makes a Modelfile."
+        ),
+    ] = None,
 ) -> None:
-    """Export a trained model to where it will run.
+    """Export a trained model to where it will run, and prove that it says what was trained.
+
+    GGUF files are made straight from base and adapter; no merged copy is needed.
 
     \b
     Examples:
       ft export runs/quickstart --to gguf --quant q8_0
+      ft export runs/quickstart --quant q4_k_m,q8_0
       ft export runs/quickstart --to hf
+      ft export runs/quickstart --to gguf-lora --ollama-base llama3.2:3b
     """
+    from finetune.delivery import Wishes
     from finetune.delivery import export as run_export
     from finetune.runs.folder import finished_run
 
-    run_export(finished_run(run), to, quant, console)
+    wishes = Wishes(base, verify, system, ollama_template, ollama_base)
+    run_export(finished_run(run), to, quant or ["q8_0"], wishes, console)
 
 
 @app.command()

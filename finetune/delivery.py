@@ -2,71 +2,223 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
 
 from finetune.base_files import weight_files
+from finetune.config.schema import Config, is_local_base
 from finetune.console import Console, Progress, size
-from finetune.errors import ConfigError
+from finetune.data.template import choose_template
+from finetune.data.tokenizer import load_tokenizer
+from finetune.errors import ConfigError, ExportError, Problem
+from finetune.export.gguf.encode import Quant
 from finetune.pipeline import config_of
+from finetune.proving import Exported, Onto, prove
 from finetune.runs.files import storage_errors, write_text
 from finetune.runs.folder import RunFolder
 from finetune.runs.log import logged
 
-Quant = Literal["f32", "f16", "bf16", "q8_0"]
-QUANTS: dict[str, Quant] = {"f32": "f32", "f16": "f16", "bf16": "bf16", "q8_0": "q8_0"}
+FORMATS = ("gguf", "hf", "gguf-lora")
+QUANTS: dict[str, Quant] = {quant: quant for quant in get_args(Quant)}
 
 
-def merge(run: RunFolder, console: Console) -> None:
-    """`ft merge`: base + adapter in 16 bit, into the run folder."""
+@dataclass(frozen=True)
+class Wishes:
+    """What a person may want otherwise."""
+
+    onto: str = "stored"
+    """The weights that the adapter is put onto: `stored`, or `nf4` as training held them."""
+    verify: bool = True
+    system: str | None = None
+    ollama_template: bool = False
+    ollama_base: str | None = None
+    """The name that Ollama knows the base by, for a Modelfile of base and adapter."""
+
+
+def merge(run: RunFolder, wishes: Wishes, console: Console) -> None:
+    """`ft merge`: base + adapter in 16 bit, into the run folder, proven."""
     from finetune.export.merge import merge as run_merge
+    from finetune.export.partial import discard, partial_of, promote, refuse_existing
 
-    config = config_of(run)
-    with logged(run.log), console.progress("merging", unit="tensors") as progress:
-        report = run_merge(
-            weight_files(config),
-            run.adapter,
-            run.merged,
-            tokenizer=run.adapter,
-            dtype=None,
-            on_tensor=_shown_on(progress),
-        )
+    onto = _onto(wishes)
+    config, base = _base_of(run)
+    refuse_existing(run.merged)
+    partial = partial_of(run.merged)
+    discard(partial)
+    with logged(run.log):
+        with console.progress("merging", unit="tensors") as progress:
+            report = run_merge(
+                base,
+                run.adapter,
+                partial,
+                tokenizer=run.adapter,
+                dtype=None,
+                base_precision=onto,
+                on_tensor=_shown_on(progress),
+            )
+        if wishes.verify:
+            _require_proof(run, config, base, [Exported("merged", partial, "")], onto, console)
+        promote(partial, run.merged)
     tensors = report.merged + report.copied
     console.say(f"merged: {run.merged} ({size(report.nbytes)}; {report.merged} of {tensors} tensors changed)")
 
 
-def export(run: RunFolder, to: str, quant: str, console: Console) -> None:
-    """`ft export`: a folder for transformers, or a GGUF file with its Modelfile."""
-    if to not in ("hf", "gguf"):
-        raise ConfigError(f"--to is hf or gguf, not {to!r}", hint=f"`ft export {run.path} --to gguf`")
-    chosen = QUANTS.get(quant)
-    if to == "gguf" and chosen is None:
-        raise ConfigError(f"--quant is one of {', '.join(QUANTS)}, not {quant!r}", hint="q8_0 is the usual choice")
-    if run.merged.exists():
-        console.say(f"merged: {run.merged} (from before)")
+def export(run: RunFolder, to: str, quants: Sequence[str], wishes: Wishes, console: Console) -> None:
+    """`ft export`: a folder for transformers, GGUF files with their Modelfile, or the adapter alone as GGUF."""
+    if to not in FORMATS:
+        raise ConfigError(f"--to is one of {', '.join(FORMATS)}, not {to!r}", hint=f"`ft export {run.path} --to gguf`")
+    if to == "hf":
+        if run.merged.exists():
+            console.say(f"merged: {run.merged} (from before)")
+        else:
+            merge(run, wishes, console)
+        console.say(f"next: {run.merged} loads with transformers, vLLM and mlx-lm")
+        console.say(f"      {_adapter_in_vllm(run)}")
+    elif to == "gguf-lora":
+        _write_lora(run, wishes, console)
     else:
-        merge(run, console)
-    if to == "gguf" and chosen is not None:
-        _write_gguf(run, chosen, console)
-    else:
-        console.say(f"next: {run.merged} loads with transformers and vLLM")
+        _write_gguf(run, _chosen(quants), wishes, console)
 
 
-def _write_gguf(run: RunFolder, quant: Quant, console: Console) -> None:
+def _chosen(quants: Sequence[str]) -> list[Quant]:
+    wanted = [name.strip().lower() for quant in quants for name in quant.split(",")]
+    for name in wanted:
+        if name not in QUANTS:
+            raise ConfigError(f"--quant is one of {', '.join(QUANTS)}, not {name!r}", hint="q8_0 is the usual choice")
+    return list(dict.fromkeys(QUANTS[name] for name in wanted))
+
+
+def _onto(wishes: Wishes) -> Onto:
+    if wishes.onto not in ("stored", "nf4"):
+        raise ConfigError(f"--base is stored or nf4, not {wishes.onto!r}", hint="stored is the usual choice")
+    return "nf4" if wishes.onto == "nf4" else "stored"
+
+
+def _base_of(run: RunFolder) -> tuple[Config, Path]:
+    """The run's config and the files of the very base that it was trained on."""
+    from finetune.export.base_identity import check_base
+
+    config, manifest = config_of(run), run.read_manifest()
+    recorded = manifest.get("revision")
+    if isinstance(recorded, str) and not is_local_base(config.base):
+        config = config.model_copy(update={"revision": recorded})
+    base = weight_files(config)
+    check_base(manifest, base)
+    return config, base
+
+
+def _write_gguf(run: RunFolder, quants: Sequence[Quant], wishes: Wishes, console: Console) -> None:
+    """Straight from base and adapter: there is no 16-bit copy on the disk on the way."""
     from finetune.export.gguf import convert
-    from finetune.export.runtimes import modelfile
-    from finetune.export.source import open_model
+    from finetune.export.merged import merged_model
+    from finetune.export.partial import discard, partial_of, promote, refuse_existing
+    from finetune.export.runtimes import modelfile, runtime_notes
 
-    path = run.gguf / f"{run.name}-{quant}.gguf"
-    with logged(run.log), console.progress("writing", unit="tensors") as progress:
-        with storage_errors(run.gguf):
-            run.gguf.mkdir(exist_ok=True)
-        report = convert(open_model(run.merged), path, quant=quant, name=run.name, on_tensor=_shown_on(progress))
-        write_text(run.gguf / "Modelfile", modelfile(path.name, stop=report.stop))
-    for note in report.notes:
-        console.say(f"note: {note}")
-    console.say(f"wrote {path} ({size(report.nbytes)}) and {run.gguf / 'Modelfile'}")
+    template = _ollama_template(run) if wishes.ollama_template else None
+    onto = _onto(wishes)
+    config, base = _base_of(run)
+    finals = {quant: run.gguf / f"{run.name}-{quant}.gguf" for quant in quants}
+    for final in finals.values():
+        refuse_existing(final)
+    with storage_errors(run.gguf):
+        run.gguf.mkdir(exist_ok=True)
+    reports = {}
+    with logged(run.log):
+        for quant, final in finals.items():
+            partial = partial_of(final)
+            discard(partial)
+            # In float32: what the adapter adds is rounded once, by the quantiser.
+            model = merged_model(base, run.adapter, tokenizer=run.adapter, dtype="float32", base_precision=onto)
+            with console.progress(f"writing {quant}", unit="tensors") as progress:
+                report = convert(model, partial, quant=quant, name=run.name, on_tensor=_shown_on(progress))
+            model.require_change()
+            reports[quant] = report
+        if wishes.verify:
+            exported = [Exported(f"gguf/{final.name}", partial_of(final), quant) for quant, final in finals.items()]
+            _require_proof(run, config, base, exported, onto, console)
+        for quant, final in finals.items():
+            promote(partial_of(final), final)
+            text = modelfile(final.name, stop=reports[quant].stop, system=wishes.system, template=template)
+            write_text(run.gguf / "Modelfile", text)
+    for quant, final in finals.items():
+        report = reports[quant]
+        for note in dict.fromkeys((*report.notes, *runtime_notes(report.architecture, quant))):
+            console.say(f"note: {note}")
+        console.say(f"wrote {final} ({size(report.nbytes)})")
     console.say(f"next: `ollama create {run.name} -f {run.gguf / 'Modelfile'}`, or `ft chat {run.path}`")
+    if line := _for_lm_studio(run, next(iter(finals.values()))):
+        console.say(line)
+
+
+def _ollama_template(run: RunFolder) -> str:
+    """The run's chat template in Ollama's own language."""
+    from finetune.export.runtimes import ollama_template
+    from finetune.export.verify.probes import conversation
+
+    tokenizer = load_tokenizer(run.adapter)
+    template = choose_template(None, tokenizer, datetime.datetime.now())
+    bos = template.special.get("bos_token", "")
+    # The GGUF file has runtimes put the BOS before every text if the template begins with it.
+    return ollama_template(template, adds_bos=bool(bos) and (conversation(template, 1) or "").startswith(bos))
+
+
+def _for_lm_studio(run: RunFolder, file: Path) -> str | None:
+    """How to show the file to LM Studio, where that is installed."""
+    from finetune.export.runtimes import lm_studio_models, lm_studio_path
+
+    models = lm_studio_models(Path.home())
+    if not models.is_dir():
+        return None
+    place = lm_studio_path(models, "finetune", run.name, file.name)
+    return f"      LM Studio: `mkdir -p {place.parent} && cp {file} {place}`"
+
+
+def _adapter_in_vllm(run: RunFolder) -> str:
+    """Whether vLLM could serve the adapter without a merge."""
+    from finetune.export.adapter import read_config
+    from finetune.export.runtimes import vllm_rank, vllm_refusals
+
+    config = read_config(run.adapter)
+    if reasons := vllm_refusals(config):
+        return f"vLLM cannot serve the adapter by itself: it has {', '.join(reasons)}"
+    return f"vLLM can also serve {run.adapter} beside its base: `--enable-lora --max-lora-rank {vllm_rank(config)}`"
+
+
+def _require_proof(
+    run: RunFolder, config: Config, base: Path, exported: Sequence[Exported], onto: Onto, console: Console
+) -> None:
+    """Raise ExportError with everything that is wrong; the files keep their `.partial` names then."""
+    found = prove(run, config, base, exported, onto, console)
+    paths = {one.name: str(one.path) for one in exported}
+    problems = [
+        Problem(message, paths[name], f"{run.verification} has the numbers")
+        for name in found
+        for message in found[name]
+    ]
+    if problems:
+        raise ExportError(problems)
+
+
+def _write_lora(run: RunFolder, wishes: Wishes, console: Console) -> None:
+    from finetune.export.gguf.lora import write_lora
+    from finetune.export.runtimes import adapter_modelfile
+
+    _, base = _base_of(run)
+    with storage_errors(run.gguf):
+        run.gguf.mkdir(exist_ok=True)
+    path = run.gguf / f"{run.name}-lora.gguf"
+    with logged(run.log):
+        write_lora(run.adapter, base, path, name=run.name)
+    console.say(f"wrote {path} ({size(path.stat().st_size)})")
+    if wishes.ollama_base:
+        made = run.gguf / "Modelfile.lora"
+        write_text(made, adapter_modelfile(wishes.ollama_base, path.name, system=wishes.system))
+        console.say(f"next: `ollama create {run.name} -f {made}`")
+    else:
+        console.say(f"next: `llama-cli -m BASE.gguf --lora {path}`, or --ollama-base NAME for a Modelfile")
 
 
 def _shown_on(progress: Progress) -> Callable[[int, int, str], None]:

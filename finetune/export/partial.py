@@ -22,37 +22,52 @@ def partial_folder(final: Path) -> Iterator[Path]:
     Every file in it must have been synced by whoever wrote it. Raises ExportError if `final` exists already.
     """
     refuse_existing(final)
-    partial = final.with_name(final.name + ".partial")
+    partial = partial_of(final)
     with _storage_errors(partial):
         _remove(partial)
         partial.mkdir(parents=True)
         try:
             yield partial
             sync(partial)
-            refuse_existing(final)
-            partial.rename(final)
+            promote(partial, final)
         except BaseException:
             _remove(partial)
             raise
-        sync(final.parent)
 
 
 @contextlib.contextmanager
 def partial_file(final: Path) -> Iterator[Path]:
     """Yield a path to write to; the file takes the name `final` when the block ends well. Otherwise as above."""
     refuse_existing(final)
-    partial = final.with_name(final.name + ".partial")
+    partial = partial_of(final)
     with _storage_errors(partial):
         _remove(partial)
         partial.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
             sync(partial)
-            refuse_existing(final)
-            partial.rename(final)
+            promote(partial, final)
         except BaseException:
             _remove(partial)
             raise
+
+
+def partial_of(final: Path) -> Path:
+    """What `final` is called until it is whole and, where that is asked for, proven."""
+    return final.with_name(final.name + ".partial")
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder that an earlier attempt left, if there is one."""
+    with _storage_errors(path):
+        _remove(path)
+
+
+def promote(partial: Path, final: Path) -> None:
+    """Give a whole file or folder its final name. Raises ExportError if something has it already."""
+    with _storage_errors(partial):
+        refuse_existing(final)
+        partial.rename(final)
         sync(final.parent)
 
 

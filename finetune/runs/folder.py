@@ -6,11 +6,12 @@ runs/<config name>/            -2, -3 … for fresh ones
   manifest.json                state, versions, hashes, revisions, hardware
   metrics.jsonl                one line per logged step
   evaluation.json              base against tuned
+  verification.json            what was proven about each artifact below          (ft merge, ft export)
   log.txt                      everything the libraries said
   checkpoints/checkpoint-<n>/  to go on from after a fault
   adapter/                     the trained LoRA with the tokenizer and the chat template it was trained with
   merged/                      base + adapter in 16 bit            (ft merge, ft export --to hf)
-  gguf/                        <name>-<quant>.gguf and Modelfile   (ft export --to gguf)
+  gguf/                        <name>-<quant>.gguf and Modelfile   (ft export --to gguf, gguf-lora)
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ class RunFolder:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
+
+    @property
+    def verification(self) -> Path:
+        return self.path / "verification.json"
 
     @property
     def log(self) -> Path:

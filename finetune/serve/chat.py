@@ -1,22 +1,36 @@
-"""`ft chat`: talk to a run's newest artifact, through llama.cpp for a GGUF file, else through transformers."""
+"""`ft chat`: a conversation with a run's newest artifact. Answers go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
+import contextlib
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from finetune.console import Console
 from finetune.data.conversation import Message
-from finetune.errors import RunError
+from finetune.data.jinja import TemplateRefusal
+from finetune.errors import ExportError, RunError
 from finetune.runs.folder import RunFolder
 from finetune.runs.log import logged
+from finetune.serve.answers import Answer, Style, open_answers
+from finetune.serve.artifact import newest_artifact
 
-Answer = Callable[[list[Message]], Iterator[str]]
+COMMANDS = {
+    "/reset": "forget the conversation, keep the system message",
+    "/system TEXT": "replace the system message; without a text there is none",
+    "/help": "this list",
+    "/quit": "end (so does Ctrl-D)",
+}
+HELP = (
+    *(f"  {command:<14}{what}" for command, what in COMMANDS.items()),
+    "A line that ends with \\ goes on with the next. A space before it makes a /word text for the model.",
+    "Ctrl-C stops an answer; what was said of it stays in the conversation.",
+)
 
-USING = ("auto", "adapter", "merged", "gguf")
+_COMMAND = re.compile(r"(/\w*)(?:\s+(.*))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -28,110 +42,105 @@ class Settings:
 
 
 def talk(run: RunFolder, settings: Settings, prompt: str | None, console: Console) -> None:
-    """Answer one prompt, or converse until an empty line. Answers go to stdout, everything else to stderr."""
-    kind, path = newest_artifact(run, settings.using)
-    history = [Message("system", settings.system)] if settings.system else []
+    """Answer one prompt (`-`: what stdin holds), or converse until the input ends."""
+    if prompt == "-":
+        prompt = sys.stdin.read().strip()
+    if prompt == "":
+        raise RunError("the prompt is empty", place="--prompt", hint="give a text, or `-` and a text on stdin")
+    artifact = newest_artifact(run, settings.using, "chat")
+    style = Style(settings.max_tokens, settings.temperature)
     with ExitStack() as stack:
         with logged(run.log):
-            console.say(f"loading {path}")
-            answer = _open(kind, path, run, settings, stack)
-        while True:
-            text = prompt if prompt is not None else _ask(console)
-            if not text:
+            console.say(f"loading {artifact.path}")
+            answer = open_answers(run, artifact, style, stack)
+        conversation = Conversation(answer, settings.system, console)
+        if prompt is not None:
+            conversation.ask(prompt)
+            return
+        for line in _lines(console):
+            if not conversation.take(line):
                 return
-            history.append(Message("user", text))
-            said = ""
-            for piece in answer(history):
-                said += piece
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+
+
+class Conversation:
+    """What has been said, and what a line of input does to it."""
+
+    def __init__(self, answer: Answer, system: str | None, console: Console) -> None:
+        self._answer, self._console = answer, console
+        self._system = system
+        self.turns: list[Message] = []
+
+    def take(self, line: str) -> bool:
+        """A command or a question. False ends the conversation."""
+        command = _COMMAND.fullmatch(line)
+        if command is None:
+            self._try(line.strip())
+            return True
+        name, text = command[1], (command[2] or "").strip()
+        if name == "/quit":
+            return False
+        if name == "/reset":
+            self.turns.clear()
+            self._console.say("forgotten")
+        elif name == "/system":
+            self._system = text or None
+            self._console.say("the system message is replaced" if text else "there is no system message any more")
+        elif name == "/help":
+            for row in HELP:
+                self._console.say(row)
+        else:
+            self._console.say(f"there is no command {name}; /help lists them (a space before it sends it as text)")
+        return True
+
+    def ask(self, text: str) -> None:
+        """Send a question, show the answer as it comes, and remember both. Ctrl-C ends the answer alone."""
+        system = [Message("system", self._system)] if self._system else []
+        question = Message("user", text)
+        said = ""
+        try:
+            with contextlib.closing(self._answer([*system, *self.turns, question])) as pieces:
+                for piece in pieces:
+                    said += piece
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+        except KeyboardInterrupt:
+            self._console.say()
+            self._console.say("stopped")
+        else:
             sys.stdout.write("\n")
             sys.stdout.flush()
-            history.append(Message("assistant", said))
-            if prompt is not None:
-                return
+        if said:
+            self.turns += [question, Message("assistant", said)]
+
+    def _try(self, text: str) -> None:
+        """In a conversation, a question that cannot be answered (too long, refused by the template) is not the end."""
+        if not text:
+            return
+        try:
+            self.ask(text)
+        except (ExportError, TemplateRefusal) as error:
+            self._console.error(error)
+            self._console.say("this question is left out of the conversation; /reset makes room for a long one")
 
 
-def newest_artifact(run: RunFolder, using: str) -> tuple[str, Path]:
-    """The artifact that was written last (or the one that is asked for), and its kind."""
-    if using not in USING:
-        raise RunError(
-            f"--using is one of {', '.join(USING)}, not {using!r}", hint=f"`ft chat {run.path} --using adapter`"
-        )
-    candidates = [("adapter", run.adapter), ("merged", run.merged)]
-    candidates += [("gguf", path) for path in run.gguf.glob("*.gguf")]
-    present = [(kind, path) for kind, path in candidates if path.exists() and using in ("auto", kind)]
-    if not present:
-        how = {"merged": f"`ft merge {run.path}`", "gguf": f"`ft export {run.path} --to gguf`"}.get(using, "`ft train`")
-        raise RunError(f"this run has no {using}", place=str(run.path), hint=f"{how} makes it")
-    return max(present, key=lambda pair: pair[1].stat().st_mtime)
-
-
-def _ask(console: Console) -> str:
-    try:
+def _lines(console: Console) -> Iterator[str]:
+    """What the person enters, with lines that end in a backslash joined to the next. Ends with the input or Ctrl-C."""
+    parts: list[str] = []
+    while True:
         if sys.stdin.isatty():
-            sys.stderr.write(console.style("you › ", "cyan"))
+            sys.stderr.write(console.style("  … " if parts else "you › ", "cyan"))
             sys.stderr.flush()
-        return sys.stdin.readline().strip()
-    except KeyboardInterrupt:
-        return ""
-
-
-def _open(kind: str, path: Path, run: RunFolder, settings: Settings, stack: ExitStack) -> Answer:
-    if kind == "gguf":
-        from finetune.llamacpp import LlamaCpp
-
-        # 0: as much context as the model was trained with.
-        runtime = LlamaCpp(path, context=0, log=run.log)
-        stack.callback(runtime.close)
-        return lambda history: runtime.chat(
-            [message.as_dict() for message in history],
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-        )
-    return _transformers(kind, path, run, settings)
-
-
-def _transformers(kind: str, path: Path, run: RunFolder, settings: Settings) -> Answer:
-    import datetime
-
-    from finetune.base_files import weight_files
-    from finetune.config.load import load
-    from finetune.data.template import choose_template, end_of_turn
-    from finetune.data.tokenizer import load_tokenizer
-    from finetune.model.adapter import load_adapter
-    from finetune.model.base import LoadedModel, load_base
-    from finetune.model.generate import stream
-    from finetune.model.hardware import detect
-
-    config = load(run.resolved, references=False).config
-    # The adapter's own folder holds the tokenizer and the template that it was trained with.
-    tokenizer = load_tokenizer(run.adapter)
-    template = choose_template(None, tokenizer, datetime.datetime.now())
-    stop_ids, _ = end_of_turn(template, tokenizer)
-    if kind == "merged":
-        plain = config.model_copy(update={"base": str(path), "quantization": "none"})
-        loaded = load_base(plain, path, detect())
-    else:
-        loaded = load_base(config, weight_files(config), detect())
-        loaded = LoadedModel(load_adapter(loaded, run.adapter), loaded.hardware)
-
-    def answer(history: list[Message]) -> Iterator[str]:
-        prompt = tokenizer.encode(template.render(history, add_generation_prompt=True), special=False)
-        ids: list[int] = []
-        shown = ""
-        for token in stream(
-            loaded.model,
-            prompt,
-            max_new_tokens=settings.max_tokens,
-            stop_ids=stop_ids,
-            temperature=settings.temperature,
-        ):
-            ids.append(token)
-            text = tokenizer.decode(ids)
-            # A character of several tokens is shown once it is complete.
-            if not text.endswith("\ufffd"):
-                yield text[len(shown) :]
-                shown = text
-
-    return answer
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            console.say()
+            return
+        text = line.rstrip("\r\n")
+        if line and text.endswith("\\"):
+            parts.append(text[:-1])
+            continue
+        if line or parts:
+            yield "\n".join([*parts, text])
+        if not line:
+            return
+        parts.clear()

@@ -1,0 +1,217 @@
+"""`ft chat`: what a line of input does, with an answerer that is told what to say, and with the real command."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from finetune.console import Console
+from finetune.data.conversation import Message
+from finetune.data.jinja import TemplateRefusal
+from finetune.errors import ExportError, RunError
+from finetune.runs.folder import RunFolder
+from finetune.serve.artifact import newest_artifact
+from finetune.serve.chat import Conversation, _lines
+from tests.conftest import RunFt
+from tests.serve.conftest import ONCE
+from tests.serve.test_server import posix
+
+
+class Answerer:
+    """Answers `1`, `2`, … and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[tuple[str, str]]] = []
+        self.fails_with: BaseException | None = None
+        self.closed = 0
+
+    def __call__(self, history: list[Message]) -> Generator[str, None, None]:
+        self.asked.append([(message.role, message.content) for message in history])
+        try:
+            yield "answer "
+            if self.fails_with is not None:
+                raise self.fails_with
+            yield str(len(self.asked))
+        finally:
+            self.closed += 1
+
+
+@pytest.fixture
+def answerer() -> Answerer:
+    return Answerer()
+
+
+def conversation(answerer: Answerer, system: str | None = None) -> Conversation:
+    return Conversation(answerer, system, Console())
+
+
+def test_what_was_said_is_sent_along(answerer: Answerer, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = conversation(answerer, "be kind")
+    assert talk.take("one")
+    assert talk.take("two")
+    assert answerer.asked[1] == [("system", "be kind"), ("user", "one"), ("assistant", "answer 1"), ("user", "two")]
+    assert capsys.readouterr().out == "answer 1\nanswer 2\n"
+
+
+def test_reset_forgets_the_conversation_and_keeps_the_system_message(answerer: Answerer) -> None:
+    talk = conversation(answerer, "be kind")
+    for line in ("one", "/reset", "two"):
+        assert talk.take(line)
+    assert answerer.asked[1] == [("system", "be kind"), ("user", "two")]
+
+
+def test_the_system_message_is_replaced_and_removed(answerer: Answerer) -> None:
+    talk = conversation(answerer, "be kind")
+    for line in ("/system be  short\nand clear", "one", "/system", "two"):
+        assert talk.take(line)
+    assert answerer.asked[0][0] == ("system", "be  short\nand clear")
+    assert [role for role, _ in answerer.asked[1]] == ["user", "assistant", "user"]
+
+
+@pytest.mark.parametrize("line", ["/rest", "/system_x", "/", "/Reset"])
+def test_an_unknown_command_is_said_so_and_not_sent(
+    answerer: Answerer, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    assert conversation(answerer).take(line)
+    assert f"there is no command {line};" in capsys.readouterr().err
+    assert answerer.asked == []
+
+
+@pytest.mark.parametrize("line", [" /reset", "/etc/passwd is what?", "what does /help do?"])
+def test_other_texts_with_a_slash_are_sent(answerer: Answerer, line: str) -> None:
+    assert conversation(answerer).take(line)
+    assert answerer.asked == [[("user", line.strip())]]
+
+
+def test_help_lists_every_command(answerer: Answerer, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = conversation(answerer)
+    assert talk.take("/help")
+    shown = capsys.readouterr().err
+    for command in re.findall(r"^  (/\w+)", shown, re.MULTILINE):
+        assert talk.take(command) is (command != "/quit")
+    assert "there is no command" not in capsys.readouterr().err
+    assert len(re.findall(r"^  /", shown, re.MULTILINE)) == 4
+
+
+def test_an_empty_line_is_nothing(answerer: Answerer) -> None:
+    assert conversation(answerer).take("  ")
+    assert answerer.asked == []
+
+
+def test_an_interrupted_answer_stays_as_far_as_it_came(answerer: Answerer, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = conversation(answerer)
+    answerer.fails_with = KeyboardInterrupt()
+    assert talk.take("one")
+    answerer.fails_with = None
+    assert talk.take("two")
+    assert answerer.asked[1] == [("user", "one"), ("assistant", "answer "), ("user", "two")]
+    assert answerer.closed == 2
+    assert "stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ExportError("the context is full"), TemplateRefusal("no system, please")])
+def test_a_question_that_cannot_be_answered_is_left_out(
+    answerer: Answerer, error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = conversation(answerer)
+    answerer.fails_with = error
+    assert talk.take("one")
+    answerer.fails_with = None
+    assert talk.take("two")
+    assert answerer.asked[1] == [("user", "two")]
+    assert f"error: {error}" in capsys.readouterr().err
+
+
+def test_a_backslash_at_the_end_joins_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one \\\ntwo\\\nthree\r\n\nfour\nfive\\"))
+    assert list(_lines(Console())) == ["one \ntwo\nthree", "", "four", "five\n"]
+
+
+# -- which artifact -----------------------------------------------------------------------------------------------
+
+
+def test_the_newest_artifact_is_taken(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "legal")
+    paths = [run.merged, run.gguf / "legal-q8_0.gguf", run.adapter, run.gguf / "legal-lora-f16.gguf"]
+    run.gguf.mkdir(parents=True)
+    for age, path in enumerate(paths):
+        if path.suffix:
+            path.touch()
+        else:
+            path.mkdir()
+        os.utime(path, (1000 - age, 1000 - age))
+    assert newest_artifact(run, "auto", "chat").path == run.merged
+    os.utime(run.gguf / "legal-q8_0.gguf", (2000, 2000))
+    os.utime(run.gguf / "legal-lora-f16.gguf", (3000, 3000))  # an adapter alone is no model
+    assert newest_artifact(run, "auto", "chat").path == run.gguf / "legal-q8_0.gguf"
+    assert newest_artifact(run, "adapter", "chat").kind == "adapter"
+    with pytest.raises(RunError, match="--using is one of"):
+        newest_artifact(run, "best", "chat")
+
+
+# -- the real command ---------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_from_stdin_is_answered(story_run: Path) -> None:
+    command = [sys.executable, "-m", "finetune.cli", "chat", str(story_run), "--max-tokens", "12", "--prompt"]
+    piped = subprocess.run([*command, "-"], input=f"{ONCE}\n", capture_output=True, text=True)
+    given = subprocess.run([*command, ONCE], capture_output=True, text=True)
+    assert piped.stdout == given.stdout
+    assert piped.stdout.startswith(", there was")
+    empty = subprocess.run([*command, "-"], input="", capture_output=True, text=True)
+    assert empty.returncode == 2
+    assert "the prompt is empty" in empty.stderr
+
+
+def test_a_whole_conversation(story_run: Path) -> None:
+    entered = f"{ONCE}\n/nonsense\n/reset\n{ONCE}\n/quit\nnever read\n"
+    command = [sys.executable, "-m", "finetune.cli", "chat", str(story_run), "--max-tokens", "12"]
+    done = subprocess.run(command, input=entered, capture_output=True, text=True)
+    assert done.returncode == 0
+    first, second = done.stdout.splitlines()
+    assert first == second
+    assert "there is no command /nonsense" in done.stderr
+
+
+def test_a_file_that_is_no_model_is_an_error(story_run: Path, tmp_path: Path, run_ft: RunFt) -> None:
+    run = tmp_path / "broken"
+    (run / "gguf").mkdir(parents=True)
+    (run / "adapter").mkdir()
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    (run / "manifest.json").write_text("{}")
+    (run / "gguf" / "broken-f16.gguf").write_bytes(b"GGUF and nothing more")
+    result = run_ft("chat", run, "--prompt", "hello", "--using", "gguf")
+    assert result.code == 1
+    assert "llama.cpp cannot load this file" in result.stderr
+
+
+@posix
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(story_run: Path) -> None:
+    command = [sys.executable, "-m", "finetune.cli", "chat", str(story_run), "--max-tokens", "450"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(f"{ONCE}\n".encode())
+    begun = b""
+    while len(begun) < 8:
+        begun += process.stdout.read(8 - len(begun))
+    process.send_signal(signal.SIGINT)
+    rest, said = process.communicate(f"/reset\n{ONCE}\n/quit\n".encode(), timeout=60)
+    assert process.returncode == 0
+    assert b"stopped" in said
+    assert b"forgotten" in said
+    # The first answer is the beginning of the second, which is whole.
+    assert begun == b", there "
+    first, second = rest.split(begun, 1)
+    assert second.startswith(first)
+    assert len(first) < len(second)
