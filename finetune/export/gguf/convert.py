@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import BaseError, ExportError, MissingExtraError, Problem
+from finetune.errors import MissingExtraError
 from finetune.export.gguf.encode import Encoding, Piece, Quant, cut, encode_all, nbytes, require_encoders
-from finetune.export.gguf.families import FAMILIES
-from finetune.export.gguf.family import Config, Family, Metadata, PlannedTensor, plan
+from finetune.export.gguf.families import family_of, load_config
+from finetune.export.gguf.family import Family, Metadata, PlannedTensor, plan
 from finetune.export.gguf.mix import QUANTS, ModelShape, choose
 from finetune.export.gguf.tokenizer import read_tokenizer
 from finetune.export.partial import partial_file, refuse_existing, require_space
@@ -70,8 +70,8 @@ def convert(
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError("the GGUF format is not installed", hint='pip install "finetune[gguf]"')
     refuse_existing(out)
-    config = _load_config(model)
-    family = _family(config, model.place)
+    config = load_config(model.config, model.place)
+    family = family_of(config, model.place)
     planned = plan(family, config, model.weights)
     planned += [_computed(target, tensor) for target, tensor in family.extra(config).items()]
     vocabulary = next(tensor.shape[0] for tensor in planned if tensor.target == "token_embd.weight")
@@ -81,7 +81,7 @@ def convert(
     require_encoders(set(mix.encodings.values()))
     metadata: Metadata = {
         "general.type": "model",
-        "general.name": _safe_name(name or out.stem, family),
+        "general.name": _safe_name(name or out.stem, drops_space=tokenizer.drops_space),
         "general.file_type": QUANTS[quant][1],
         "general.quantization_version": 2,
         f"{family.architecture}.vocab_size": vocabulary,
@@ -103,35 +103,11 @@ def convert(
     )
 
 
-def _load_config(model: Model) -> Config:
-    from transformers import AutoConfig
-
-    values = {key: value for key, value in model.config.items() if key != "auto_map"}  # that would run remote code
-    place = str(model.place / "config.json")
-    try:
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-    except Exception as error:  # transformers raises KeyError, ValueError and its validators' own
-        raise BaseError(f"its configuration cannot be loaded: {error}", place=place) from error
-
-
-def _family(config: Config, folder: Path) -> Family:
-    place = str(folder / "config.json")
-    names = list(getattr(config, "architectures", None) or [])
-    family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
-    if family is None:
-        raise ExportError(
-            f"its architecture is {', '.join(names) or 'not stated'}; these can be converted: {', '.join(FAMILIES)}",
-            place=place,
-        )
-    if problems := family.refusals(config):
-        raise ExportError([Problem(message, place) for message in problems])
-    return family
-
-
-def _safe_name(name: str, family: Family) -> str:
-    # llama.cpp treats the spaces after special tokens differently in any model with Phi-3 in its name, and does not
-    # load it at all if it has no token `</s>`.
-    return name if family.architecture == "phi3" else re.sub(r"(?i)phi-?3", "Phi 3", name)
+def _safe_name(name: str, *, drops_space: bool) -> str:
+    """A name that llama.cpp draws the right conclusions from: only in a model with Phi-3 in its name does it drop the
+    white space after special tokens, and it does not load such a model without a token `</s>`."""
+    plain = re.sub(r"(?i)phi-?3", "Phi 3", name)
+    return f"{plain} (Phi-3)" if drops_space else plain
 
 
 # -- tensors ------------------------------------------------------------------------------------------------------

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import BaseError, ExportError, Problem
 from finetune.export.gguf import falcon, gemma, llama, moe, neox, phi, qwen
-from finetune.export.gguf.family import Family
+from finetune.export.gguf.family import Config, Family
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": llama.FAMILY,
@@ -20,3 +25,31 @@ FAMILIES: dict[str, Family] = {
     "GPTNeoXForCausalLM": neox.FAMILY,
 }
 """transformers architecture (`architectures` in config.json) → family."""
+
+
+def load_config(values: Mapping[str, Any], folder: Path) -> Config:
+    """The configuration that a config.json of these values stands for, with every default filled in.
+
+    Raises BaseError, naming the file in `folder`, for one that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    kept = {key: value for key, value in values.items() if key != "auto_map"}  # that would run remote code
+    try:
+        return AutoConfig.for_model(kept.pop("model_type"), **kept)
+    except Exception as error:  # transformers raises KeyError, ValueError and its validators' own
+        place = str(folder / "config.json")
+        raise BaseError(f"its configuration cannot be loaded: {error}", place=place) from error
+
+
+def family_of(config: Config, folder: Path) -> Family:
+    """The family of a configuration. Raises ExportError if there is none, or llama.cpp would run it differently."""
+    place = str(folder / "config.json")
+    names = list(getattr(config, "architectures", None) or [])
+    family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
+    if family is None:
+        stated = ", ".join(names) or "not stated"
+        raise ExportError(f"its architecture is {stated}; these can be converted: {', '.join(FAMILIES)}", place=place)
+    if problems := family.refusals(config):
+        raise ExportError([Problem(message, place) for message in problems])
+    return family

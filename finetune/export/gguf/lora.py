@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.errors import BaseError, ExportError, MissingExtraError, Problem
+from finetune.errors import ExportError, MissingExtraError, Problem
 from finetune.export.adapter import Adapter, LoraLayer, read_adapter
 from finetune.export.gguf.convert import ALIGNMENT
-from finetune.export.gguf.families import FAMILIES
+from finetune.export.gguf.families import family_of, load_config
 from finetune.export.gguf.family import Config, Family, Rule
 from finetune.export.partial import partial_file, refuse_existing, require_space
 from finetune.export.renaming import renaming
@@ -93,8 +93,8 @@ def write_lora(adapter: Path, base: Path, out: Path, *, name: str | None = None)
     trained = read_adapter(adapter)
     if refused := [f"`{tensor}` {_reason(tensor)}" for tensor in trained.stored.tensors if not _PAIR.fullmatch(tensor)]:
         raise _refusal(refused, trained)
-    config = _load_config(base)
-    family = _family(config, base)
+    config = load_config(read_config(base), base)
+    family = family_of(config, base)
     changes = _changes(trained, family, config)
     rank = max(_rank(change.layer) for change in changes)
     size = sum(4 * math.prod(change.layer.shape(part)) for change in changes for part in "AB")
@@ -227,29 +227,6 @@ def _rank(layer: LoraLayer) -> int:
 
 
 # -- the base, and the file ---------------------------------------------------------------------------------------
-
-
-def _load_config(base: Path) -> Config:
-    from transformers import AutoConfig
-
-    values = {key: value for key, value in read_config(base).items() if key != "auto_map"}  # it would run remote code
-    place = str(base / "config.json")
-    try:
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-    except Exception as error:  # transformers raises KeyError, ValueError and its validators' own
-        raise BaseError(f"its configuration cannot be loaded: {error}", place=place) from error
-
-
-def _family(config: Config, base: Path) -> Family:
-    place = str(base / "config.json")
-    names = list(getattr(config, "architectures", None) or [])
-    family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
-    if family is None:
-        stated = ", ".join(names) or "not stated"
-        raise ExportError(f"its architecture is {stated}; these are known: {', '.join(FAMILIES)}", place=place)
-    if problems := family.refusals(config):
-        raise ExportError([Problem(message, place) for message in problems])
-    return family
 
 
 def _write_head(path: Path, architecture: str, name: str, alpha: int, changes: list[_Change]) -> None:

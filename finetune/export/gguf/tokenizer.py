@@ -40,6 +40,8 @@ class GgufTokenizer:
     stop: tuple[str, ...]
     """The tokens that end an answer, as text: end of turn first, then end of sequence."""
     notes: tuple[str, ...]
+    drops_space: bool
+    """White space after special tokens is dropped, as in Phi-3: llama.cpp learns that from the model's name alone."""
 
 
 def read_tokenizer(folder: Path, rows: int) -> GgufTokenizer:
@@ -80,14 +82,13 @@ def read_tokenizer(folder: Path, rows: int) -> GgufTokenizer:
         if not conversation:
             notes.append("the chat template did not render a sample conversation")
     stripping = [token["content"] for token in added.values() if token["lstrip"] or token["rstrip"]]
-    if spaces.like_phi3(spec):  # llama.cpp goes by the name alone
-        metadata["general.name"] = "Phi-3"
-    elif stripping:
+    drops_space = spaces.like_phi3(spec)
+    if stripping and not drops_space:
         notes.append(f"white space around {', '.join(stripping[:3])} is dropped in training, but not by llama.cpp")
     if closes_struck_out_text(tokens, types):
         notes.append("llama.cpp ends an answer at `</s>`, which in training is a word: it closes struck-out text")
     stop = dict.fromkeys(token for token in (end, tokenizer.eos_token) if token)
-    return GgufTokenizer(metadata, tuple(stop), tuple(notes))
+    return GgufTokenizer(metadata, tuple(stop), tuple(notes), drops_space)
 
 
 def _byte_level(
