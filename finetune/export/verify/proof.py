@@ -35,6 +35,9 @@ from finetune.export.verify.streamed import StreamedModel, groups
 ANSWERS, ANSWER_TOKENS = 4, 48
 """How many prompts an artifact continues, and by how many tokens at most."""
 
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What config.json of a mixture of experts has."""
+
 OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
@@ -119,6 +122,8 @@ class Reference:
 
     onto: str
     rows_are: str
+    mixture: bool = False
+    """Whether the model routes tokens to experts."""
     positions: int = 0
     sequences: int = 0
     perplexity: dict[str, float] = field(default_factory=dict)
@@ -143,7 +148,7 @@ def measure(
     found = [_ask(subject, artifact, on_progress) for artifact in artifacts]
     prompts = _prompts(subject, sequences)
     answers = [_answers(artifact, prompts, sequences, on_progress) for artifact in artifacts]
-    reference = Reference(subject.onto, subject.rows_are)
+    reference = Reference(subject.onto, subject.rows_are, any(key in subject.base.config for key in _EXPERTS))
     collected = _Collected(len(artifacts))
     done = 0
     for group in groups([sequence.ids for sequence in sequences], trained.vocabulary):
