@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ExportError, Problem, RunError
-from finetune.export.adapter_checks import incomplete, refused_settings, require_numbers
+from finetune.export.adapter_checks import LONGEST_NAME, incomplete, refused_settings, require_numbers
 from finetune.export.lora import LoraModule, scaling
 from finetune.export.safetensors_io import Checkpoint, open_file
 
@@ -157,6 +157,9 @@ def _sort_tensors(
     whole: dict[str, str] = {}
     refused = []
     for name, info in stored.tensors.items():
+        if len(name) > LONGEST_NAME:
+            refused.append(f"`{name[:60]}…` is a name of {len(name)} characters; {LONGEST_NAME} are allowed")
+            continue
         if match := _LORA.fullmatch(name):
             if match["kind"] == "bias" and match["part"] == "A":
                 refused.append(f"`{name}` is a kind of weight that is not known, which a merge does not carry over yet")
@@ -177,16 +180,34 @@ def _sort_tensors(
             refused.append(f"`{name}` is a kind of weight that is not known, which a merge does not carry over yet")
         if not info.is_float:
             refused.append(f"`{name}` is stored as {info.dtype}")
-    targets = (config.get("target_parameters") or []) if usable else []
+    fan = bool(config.get("fan_in_fan_out"))
     layers = []
     for nested, found in parts.items():
         module = re.sub(r"(\.base_layer)+$", "", nested)
-        named = tuple(
-            target.rpartition(".")[2] for target in targets if f".{module}".endswith("." + target.rpartition(".")[0])
-        )
-        fan = bool(config.get("fan_in_fan_out"))
+        named = _parameters(config, module) if usable else ()
         layers.append(LoraLayer(module, nested, found, nested in embeddings, named, fan, stored))
     return Adapter(folder, config, tuple(layers), tuple(tokens), whole, stored), refused
+
+
+def _parameters(config: Mapping[str, Any], module: str) -> tuple[str, ...]:
+    """The parameters that a module's LoRA may be of, by `target_parameters`; none for the LoRA of a linear layer.
+
+    As `BaseTuner._inject_parameters` reads the names: `experts.down_proj` is that of modules whose name ends so,
+    `down_proj` that of any module that has it. Which have it, only the base can tell; a layer that `target_modules`
+    names cannot be meant, because PEFT refuses to put both kinds on one module.
+    """
+    found = []
+    for target in config.get("target_parameters") or ():
+        owner, _, parameter = target.rpartition(".")
+        if f".{module}".endswith(f".{owner}") if owner else not _is_target(config.get("target_modules"), module):
+            found.append(parameter)
+    return tuple(found)
+
+
+def _is_target(targets: Any, module: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return f".{module}".endswith(tuple(f".{target}" for target in targets or ()))
 
 
 def _token_indices(setting: Any, module: str) -> tuple[int, ...] | None:

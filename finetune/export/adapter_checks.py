@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ExportError
@@ -26,6 +31,20 @@ _INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 """The other ways of starting a LoRA (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) also change the base they start from; the
 adapter then belongs to that base, which nobody saved."""
 
+LONGEST_NAME = 200
+"""Characters in the name of an adapter's tensor. Those of real models have about 110 at most."""
+
+_LONGEST_PATTERN = 2000
+
+_MOST_STEPS = 2 * 10**7
+"""That matching one name with one pattern may take; 10^7 are about half a second. Four `.*` are allowed, five not."""
+
+_NAME = 120
+"""Characters of a name that steps are counted for."""
+
+_LARGEST = 1e38
+"""Of a rank or an alpha: where float32 ends, which PEFT computes in."""
+
 
 def refused_settings(config: dict[str, Any]) -> list[str]:
     """What the configuration says that is not understood, or does not make sense."""
@@ -41,22 +60,132 @@ def refused_settings(config: dict[str, Any]) -> list[str]:
     if init not in _INITS_THAT_KEEP_THE_BASE:
         problems.append(f"`init_lora_weights: {init}` changed the base during training; this base is not that one")
     for key, kinds in (("rank_pattern", int), ("alpha_pattern", int | float)):
-        try:
-            for pattern, value in (config.get(key) or {}).items():
-                re.compile(rf"(.*\.)?({pattern})$")
-                if not isinstance(value, kinds) or value <= 0:
-                    problems.append(f"`{key}` has {value!r} for `{pattern}`")
-        except (re.error, TypeError, AttributeError) as error:
-            problems.append(f"`{key}` is not a table of patterns: {error}")
+        table = config.get(key) or {}
+        if not isinstance(table, dict):
+            problems.append(f"`{key}` is not a table of patterns")
+            continue
+        for pattern, value in table.items():
+            if not isinstance(value, kinds) or not 0 < value < _LARGEST:
+                problems.append(f"`{key}` has {value!r} for `{pattern[:60]}`")
     if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
         problems.append("`r` and `lora_alpha` must be numbers")
-    elif config["r"] < 1:
+    elif not 1 <= config["r"] < _LARGEST:
         problems.append(f"`r` is {config['r']}")
-    for key in ("modules_to_save", "target_parameters"):
+    elif not abs(config["lora_alpha"]) < _LARGEST:
+        problems.append("`lora_alpha` is not a number that float32 can hold")
+    for key in ("modules_to_save", "target_parameters", "target_modules"):
         names = config.get(key) or []
+        if key == "target_modules" and isinstance(names, str):
+            continue
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
             problems.append(f"`{key}` is {names!r}, not a list of names")
-    return problems
+    return problems + [
+        f"`{key}` has the pattern `{str(pattern)[:60]}`, which {reason}"
+        for key, pattern, added in _patterns(config)
+        if (reason := _unusable(pattern, added))
+    ]
+
+
+# -- patterns -----------------------------------------------------------------------------------------------------
+
+
+def _patterns(config: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
+    """What PEFT takes for regular expressions: the key, the pattern, and how many `.*` PEFT puts around it.
+
+    Those that a merge has no use for are checked too: the proof of a merge has PEFT itself load the adapter.
+    """
+    for key, added in (("rank_pattern", 1), ("alpha_pattern", 1), ("modules_to_save", 2), ("layers_pattern", 1)):
+        found = config.get(key) or []
+        names = found if isinstance(found, list | dict) else [found]
+        yield from ((key, name, added) for name in names)
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), str):
+            yield key, config[key], 0
+
+
+def _unusable(pattern: Any, added: int) -> str | None:
+    """Why a pattern is refused. A short one can keep Python's matching busy for years (`(.*.*)*!`)."""
+    if not isinstance(pattern, str):
+        return "is not text"
+    if len(pattern) > _LONGEST_PATTERN:
+        return f"is longer than {_LONGEST_PATTERN} characters"
+    try:
+        with warnings.catch_warnings(action="error", category=FutureWarning):  # `[[`, which may come to mean a set
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, FutureWarning) as error:
+        return f"is not a regular expression: {error}"
+    ways = _ways(pattern)
+    if ways is None:
+        return "repeats what can match in several ways, or has a rare kind of group: write the names in full"
+    if sum(count * math.comb(_NAME + repeats + added, _NAME) for repeats, count in ways.items()) > _MOST_STEPS:
+        return "has too many repetitions or alternatives: write the names in full"
+    return None
+
+
+_LITERAL = re.compile(r"(?:\w|-|\\\W)*")
+
+_TOKEN = re.compile(
+    r"(?P<repeat>(?:[*+?]|\{\d*,?\d*\})[?+]?)"
+    r"|(?P<open>\((?:\?(?:P<\w+>|<?[=!]|[:>])|(?!\?)))|(?P<rare>\(\?)|(?P<close>\))|(?P<alternative>\|)"
+    r"|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.",
+    re.DOTALL,
+)
+
+
+def _ways(pattern: str) -> Counter[int] | None:
+    """An upper bound of the ways in which a valid pattern can match: repetitions in one way → how many such ways.
+
+    `k` repetitions divide n characters among them and what follows in at most C(n + k, k) ways. Parts that follow one
+    another multiply, alternatives add up. None where a part that matches in several ways is itself repeated: that is
+    exponential in the name's length; nor for groups that change how the rest is read (flags, conditions).
+    """
+    one = Counter({0: 1})
+    outer: list[tuple[list[Counter[int]], Counter[int], list[str]]] = []
+    done: list[Counter[int]] = []  # the alternatives of this group that are complete
+    before, last = one, one  # of the alternative that is being read: all but its last part, and that
+    texts = [""]
+    for token in _TOKEN.finditer(f"{pattern})"):
+        text = token[0]
+        if token["close"]:
+            done.append(_times(before, last))
+            # Of names, only those can match in the same place that begin alike.
+            literal = all(_LITERAL.fullmatch(name) for name in texts)
+            if literal:
+                last = Counter({0: max(sum(name.startswith(start) for start in texts) for name in texts)})
+            else:
+                last = sum(done, Counter())
+            if not outer:
+                return last
+            text = f"({'|'.join(texts)})"
+            done, before, texts = outer.pop()
+        elif token["alternative"]:
+            done.append(_times(before, last))
+            before, last = one, one
+            texts.append("")
+            continue
+        elif token["open"]:
+            outer.append((done, _times(before, last), texts))
+            done, before, last, texts = [], one, one, [""]
+            continue
+        elif token["rare"]:
+            return None
+        elif not token["repeat"]:
+            before, last = _times(before, last), one
+        elif text[0] == "?":
+            last = last + one
+        elif last != one:
+            return None
+        elif not re.fullmatch(r"\{\d+\}[?+]?", text):
+            last = Counter({1: 1})
+        texts[-1] += text
+    return last
+
+
+def _times(left: Counter[int], right: Counter[int]) -> Counter[int]:
+    product: Counter[int] = Counter()
+    for (a, count), (b, times) in itertools.product(left.items(), right.items()):
+        product[a + b] += count * times
+    return product
 
 
 def incomplete(adapter: Adapter) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from finetune.export.adapter import LoraLayer, TrainedTokens
-from finetune.export.experts import Slice, of_expert
+from finetune.export.experts import Slice, Stacks
 from finetune.export.lora import LoraModule, merge_rows, row_blocks
 from finetune.export.safetensors_io import Checkpoint
 
@@ -23,8 +23,6 @@ class AddLora:
 
     layer: LoraLayer
     strength: float
-    slice: Slice | None = None
-    """For a LoRA of a bare parameter: the part of it that belongs to this tensor."""
 
     @property
     def needs_whole(self) -> bool:
@@ -36,18 +34,30 @@ class AddLora:
         return "dora" in self.layer.parts
 
     def apply(self, rows: torch.Tensor, base: torch.Tensor, first: int) -> bool:
-        """`rows` are the weight's as they are now, from row (of a stack: expert) `first` on, `base` as they were."""
-        module = self.layer.load(self.strength)
-        if self.slice is None or self.slice.experts == 1:
-            return _merge_in_place(rows, base, module, first, whole=self.needs_whole)
-        part = self.slice
-        if part.expert is not None:
-            own = of_expert(module, part.experts, part.expert, part.rows, transposed=False)
-            return _merge_in_place(rows, base, own, first, whole=False)
+        """`rows` are the weight's as they are now, from row `first` on, `base` as they were."""
+        return _merge_in_place(rows, base, self.layer.load(self.strength), first, whole=self.needs_whole)
+
+
+@dataclass(frozen=True)
+class AddToExperts:
+    """A LoRA of stacked experts, on the tensor of one of them or of all."""
+
+    layer: LoraLayer
+    strength: float
+    part: Slice
+    stacks: Stacks
+    needs_whole: ClassVar[bool] = False
+    needs_base: ClassVar[bool] = False
+
+    def apply(self, rows: torch.Tensor, base: torch.Tensor, first: int) -> bool:
+        """`rows` begin at the tensor's row `first`; of a tensor that holds all experts, at that expert."""
+        if self.part.expert is not None:
+            module = self.stacks.of_expert(self.layer, self.part, self.part.expert, self.strength)
+            return _merge_in_place(rows, base, module, first, whole=False)
         changed = False
         for number, expert in enumerate(rows):
-            own = of_expert(module, part.experts, first + number, part.rows, transposed=part.transposed)
-            changed |= _merge_in_place(expert, base[number], own, 0, whole=False)
+            module = self.stacks.of_expert(self.layer, self.part, first + number, self.strength)
+            changed |= _merge_in_place(expert, base[number], module, 0, whole=False)
         return changed
 
 
@@ -91,7 +101,7 @@ class ReplaceRows:
         return changed
 
 
-Change = AddLora | AddBias | ReplaceRows
+Change = AddLora | AddToExperts | AddBias | ReplaceRows
 
 
 def _merge_in_place(rows: torch.Tensor, base: torch.Tensor, module: LoraModule, first: int, *, whole: bool) -> bool:

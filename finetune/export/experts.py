@@ -9,6 +9,7 @@ columns are `experts` apart.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,6 +29,9 @@ SPLIT: dict[str, tuple[tuple[str, ...], ...]] = {
 
 _STORED_IN_BY_OUT = ("gpt_oss", "aria")
 """Families whose stacks are (experts, in, out): `is_transposed` in transformers' models."""
+
+KEPT = 2
+"""Stacks at a time: a layer has two, and their experts' tensors may lie in turn."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,40 @@ def stacked(module: str, parameter: str, tensors: Mapping[str, TensorInfo]) -> l
     return []
 
 
-def of_expert(whole: LoraModule, experts: int, expert: int, rows: tuple[int, int], *, transposed: bool) -> LoraModule:
-    """One expert's share of a stack's LoRA, as contiguous tensors."""
-    a: torch.Tensor = whole.a.reshape(experts, -1, whole.a.shape[1])[expert]
-    b: torch.Tensor = whole.b.reshape(whole.b.shape[0], -1, experts)[rows[0] : rows[1], :, expert]
-    return LoraModule(whole.name, a, b.contiguous(), whole.scaling, transposed, None, rounded=True)
+class Stacks:
+    """What is kept of an adapter's stacks while their experts are worked on, one after the other. Thread-safe.
+
+    An expert's rows of A are read when they are wanted. Its columns of B lie through all of B, so B is read once and
+    kept, as it is stored, until KEPT others were wanted.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def of_expert(self, layer: LoraLayer, part: Slice, expert: int, strength: float) -> LoraModule:
+        """One expert's share of a stack's LoRA, as contiguous tensors."""
+        rank = layer.shape("A")[0] // part.experts
+        b = self._whole_b(layer)
+        columns = b.reshape(b.shape[0], rank, part.experts)[part.rows[0] : part.rows[1], :, expert]
+        return LoraModule(
+            name=layer.module,
+            a=layer.stored.rows(layer.parts["A"], expert * rank, rank).float(),
+            b=columns.float().contiguous(),
+            scaling=strength,
+            transposed=part.transposed,
+            magnitude=None,
+            rounded=True,
+        )
+
+    def _whole_b(self, layer: LoraLayer) -> torch.Tensor:
+        name = layer.parts["B"]
+        with self._lock:  # also while it is read: who waits mostly wants the same
+            found = self._kept.pop(name, None)
+            self._kept[name] = layer.stored.read(name) if found is None else found  # the latest is the last
+            if len(self._kept) > KEPT:
+                del self._kept[next(iter(self._kept))]
+            return self._kept[name]
 
 
 def _layouts(

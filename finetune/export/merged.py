@@ -44,7 +44,7 @@ def merged_model(
     base            folder with config.json and 16- or 32-bit safetensors weights
     adapter         folder as PEFT saves it, or several, merged one after the other
     tokenizer       folder with the run's own tokenizer and chat template
-    dtype           of the merged floating-point tensors; None keeps each tensor's own
+    dtype           of the merged floating-point tensors; None keeps each tensor's own (of float64: float32)
     base_precision  "nf4": onto the weights that QLoRA training saw, in `dtype`, which should be the one it computed in
     recorded        a run's manifest, to be compared with the base (`check_base`)
 
@@ -185,7 +185,8 @@ def _target_dtype(stored: StoredTensor, dtype: DType | None) -> str:
                 hint="name the 16-bit base",
             )
         return stored.dtype
-    return _STORED_NAMES[dtype] if dtype else stored.dtype
+    # Nobody trains in float64, and what an adapter adds is float32.
+    return _STORED_NAMES[dtype or "float32"] if dtype or stored.dtype == "F64" else stored.dtype
 
 
 def _merged_config(config: dict[str, Any], planned: list[TensorInfo], *, untied: bool) -> dict[str, Any]:
@@ -213,5 +214,6 @@ def _for_older_readers(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return {}  # none, or one for each kind of layer, which there was no old way to say
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    old = {"rope_theta": rope["rope_theta"], "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+    kind = rope.get("rope_type", rope.get("type", "default"))  # as `standardize_rope_params` of transformers reads it
+    old = {"rope_theta": rope["rope_theta"], "rope_scaling": None if kind == "default" else scaling}
     return {key: value for key, value in old.items() if key not in config}

@@ -12,8 +12,8 @@ from typing import Any
 
 from finetune.errors import ExportError, Problem
 from finetune.export.adapter import Adapter, LoraLayer
-from finetune.export.changes import AddBias, AddLora, Change, ReplaceRows
-from finetune.export.experts import slices
+from finetune.export.changes import AddBias, AddLora, AddToExperts, Change, ReplaceRows
+from finetune.export.experts import Stacks, slices
 from finetune.export.renaming import EMBEDDINGS, OUTPUT_LAYERS, renaming
 from finetune.export.safetensors_io import Checkpoint
 
@@ -161,6 +161,7 @@ def _change(
     adapter: Adapter, base: Checkpoint, recipes: dict[str, Recipe], rename: Rename, shared: str | None, family: str
 ) -> list[str]:
     problems: list[str] = []
+    stacks = Stacks()
 
     def add(name: str, change: Change) -> None:
         recipes[name] = replace(recipes[name], changes=(*recipes[name].changes, change))
@@ -178,9 +179,12 @@ def _change(
                     f"`{layer.nested}` fits none of {', '.join(layer.parameters)} of `{module}` in the base"
                 )
                 continue
-            key, pieces = found
-            for piece in pieces:
-                add(piece.tensor, AddLora(layer, adapter.scaling(key), piece))
+            key, parts = found
+            strength = adapter.scaling(key)
+            for part in parts:
+                # A bare parameter of two dimensions is a weight like any other.
+                plain = part.expert is None and len(base.tensors[part.tensor].shape) == 2
+                add(part.tensor, AddLora(layer, strength) if plain else AddToExperts(layer, strength, part, stacks))
             continue
         message = _misfit(layer, f"{module}.weight", base, recipes)
         if message:

@@ -123,6 +123,26 @@ def train_adapter(base: Path, folder: Path, *, seed: int = 1, **settings: Any) -
     return folder
 
 
+def default_adapter(base: Path, folder: Path, *, quantization: str = "none", seed: int = 1) -> Path:
+    """What `ft train` makes of a base by default (`lora.targets: all-linear`), after a random step."""
+    from finetune.config.schema import Config
+    from finetune.model.adapter import add_adapter
+    from finetune.model.base import load_base
+    from finetune.model.hardware import detect
+
+    settings = {"base": str(base), "data": [{"path": "x.jsonl"}], "quantization": quantization}
+    config = Config.model_validate(settings | {"lora": {"rank": 4, "alpha": 8}})
+    with peft_allowed():
+        wrapped = add_adapter(config, load_base(config, base, detect()))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in wrapped.named_parameters():
+            if "lora_B" in key:
+                parameter += torch.randn_like(parameter) * 0.1
+    wrapped.save_pretrained(str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def _q_adapter(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_adapter(stories, tmp_path_factory.mktemp("adapters") / "q", target_modules=["q_proj"])

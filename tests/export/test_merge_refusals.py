@@ -53,7 +53,18 @@ REFUSED_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA without its magnitudes": ({"use_dora": True}, "not ['A', 'B', 'dora']"),
     "Megatron": ({"megatron_config": {"x": 1}}, "megatron_config"),
     "no rank": ({"r": None}, "must be numbers"),
+    "an alpha beyond float32": ({"lora_alpha": 10**400}, "`lora_alpha` is not a number that float32 can hold"),
+    "an alpha that is not a number": ({"lora_alpha": float("nan")}, "`lora_alpha` is not a number"),
+    "an alpha of a pattern beyond float32": ({"alpha_pattern": {"q_proj": 10**400}}, "`alpha_pattern` has 1"),
+    "a rank beyond all": ({"r": 10**400}, "`r` is 1000000"),
+    "patterns of targets": ({"target_modules": {"q_proj": 1}, "target_parameters": ["x"]}, "not a list of names"),
+    "a number as layers": ({"layers_pattern": 5}, "is not text"),
+    "a repetition beyond all": ({"rank_pattern": {"a{99999999999999}": 4}}, "not a regular expression"),
+    "deep groups": ({"rank_pattern": {"(" * 990 + ")" * 990: 4}}, "not a regular expression"),
+    "an endless pattern": ({"rank_pattern": {"a" * 2001: 4}}, "longer than 2000"),
+    "flags in a pattern": ({"target_modules": "(?i)Q_PROJ"}, "a rare kind of group"),
 }
+"""The last ones are what only somebody who means harm would write."""
 
 
 @pytest.mark.parametrize("case", REFUSED_SETTINGS)
@@ -106,6 +117,10 @@ REFUSED_TENSORS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "not linear": (_put(f"{Q}.lora_B.weight", 64, 4, 1, 1), "not a linear"),
     "not a number": (lambda tensors: tensors[f"{Q}.lora_B.weight"][0].fill_(float("nan")), f"{Q}.lora_B.weight"),
     "integers": (_put(f"{Q}.lora_B.weight", 64, 4, dtype=torch.int32), "stored as I32"),
+    "a name without an end": (
+        lambda tensors: tensors.update({f"{BASE}{'.base_layer' * 30}.x.lora_A.weight": torch.ones(1)}),
+        "200 are allowed",
+    ),
     "nothing": (lambda tensors: tensors.clear(), "no LoRA weights"),
     "nothing learned": (_scale_b(0.0), "nothing was learned"),
     "too little learned": (_scale_b(1e-30), "bit for bit"),
