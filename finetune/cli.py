@@ -222,7 +222,12 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option("--api-key", metavar="KEY", envvar="FT_API_KEY", help="What clients must show."),
+        typer.Option(
+            "--api-key",
+            metavar="KEY",
+            envvar="FT_API_KEY",
+            help="What clients must show. Without one, web pages of other machines are turned away all the same.",
+        ),
     ] = None,
     context: Annotated[
         int, typer.Option(min=0, help="Tokens that all requests together may hold; 0: as many as in training.")

@@ -15,6 +15,7 @@ the machine cannot use it. The process ends when its standard input does: when w
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import http.client
 import importlib.util
 import json
@@ -45,8 +46,8 @@ class Endpoint:
     host: str
     port: int
     """0: any that is free."""
-    key: str | None
-    """What they must show as `Authorization: Bearer KEY`; None lets everybody in who reaches the address."""
+    key: str
+    """What they must show as `Authorization: Bearer KEY`: llama.cpp asks nobody which page sent them."""
     name: str
     """The model's name in /v1/models."""
     parallel: int
@@ -67,8 +68,9 @@ class Process:
         self._key = secrets.token_hex(16)
         self._log = _open_log(log)
         self._log_start = self._log.seek(0, os.SEEK_END)
+        # -P: no module is taken from the folder that happens to be the current one.
         self._child = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, str(Path(__file__).parents[2])],
+            [sys.executable, "-P", "-c", _CHILD, str(Path(__file__).parents[2])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -128,11 +130,10 @@ class Process:
         """Where to listen, and which keys to take. Without an endpoint: for us alone."""
         if endpoint is None:
             return {"host": "127.0.0.1", "port": 0, "keys": [self._key], "name": None, "parallel": 1}
-        keys = [self._key, endpoint.key] if endpoint.key else []  # no key at all leaves the door open
         return {
             "host": endpoint.host,
             "port": endpoint.port,
-            "keys": keys,
+            "keys": [self._key, endpoint.key],
             "name": endpoint.name,
             "parallel": endpoint.parallel,
         }
@@ -219,12 +220,25 @@ def serve() -> None:
     order = json.loads(sys.stdin.readline())
     try:
         server = _load(order)
+        if order["name"] is not None:
+            _log_errors_alone()
         reply = {"address": server.listening_address}
     except Exception as error:
         reply = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(reply), file=parent, flush=True)
     sys.stdin.read()
     os._exit(0)
+
+
+def _log_errors_alone() -> None:
+    """Once a model is loaded, what llama.cpp says of each request (ten lines) would fill the disk in time.
+
+    The name is that of a variable in common/log.cpp of llama.cpp; in a wheel that we do not know, nothing is changed.
+    """
+    from finetune.llamacpp.library import library
+
+    with contextlib.suppress(MissingExtraError, ValueError):
+        ctypes.c_int.in_dll(library(), "common_log_verbosity_thold").value = _QUIET
 
 
 def _load(order: dict[str, Any]) -> Any:

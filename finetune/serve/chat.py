@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 from finetune.console import Console
 from finetune.data.conversation import Message
 from finetune.data.jinja import TemplateRefusal
-from finetune.errors import ExportError, RunError
+from finetune.errors import ExportError, RunError, StorageError
 from finetune.runs.folder import RunFolder
 from finetune.runs.log import logged
 from finetune.serve.answers import Answer, Style, open_answers
@@ -31,6 +33,9 @@ HELP = (
 )
 
 _COMMAND = re.compile(r"(/\w*)(?:\s+(.*))?", re.DOTALL)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""What moves a terminal's cursor, names its window, fills its clipboard: all but the tab and the end of a line."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,17 @@ class Settings:
 
 
 def talk(run: RunFolder, settings: Settings, prompt: str | None, console: Console) -> None:
-    """Answer one prompt (`-`: what stdin holds), or converse until the input ends."""
+    """Answer one prompt (`-`: what stdin holds), or converse until the input ends.
+
+    Bytes of the input that are no text count as U+FFFD. Raises RunError for settings that cannot be, StorageError when
+    an answer cannot be written to where stdout leads.
+    """
+    if not math.isfinite(settings.temperature):
+        raise RunError(
+            f"{settings.temperature} is no temperature", place="--temperature", hint="0 is sober, 1 is lively"
+        )
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if prompt == "-":
         prompt = sys.stdin.read().strip()
     if prompt == "":
@@ -53,9 +68,9 @@ def talk(run: RunFolder, settings: Settings, prompt: str | None, console: Consol
         with logged(run.log):
             console.say(f"loading {artifact.path}")
             answer = open_answers(run, artifact, style, stack)
-        conversation = Conversation(answer, settings.system, console)
+        conversation = Conversation(answer, _text(settings.system) if settings.system else None, console)
         if prompt is not None:
-            conversation.ask(prompt)
+            conversation.ask(_text(prompt))
             return
         for line in _lines(console):
             if not conversation.take(line):
@@ -101,14 +116,12 @@ class Conversation:
             with contextlib.closing(self._answer([*system, *self.turns, question])) as pieces:
                 for piece in pieces:
                     said += piece
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
+                    _show(piece)
         except KeyboardInterrupt:
             self._console.say()
             self._console.say("stopped")
         else:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            _show("\n")
         if said:
             self.turns += [question, Message("assistant", said)]
 
@@ -121,6 +134,24 @@ class Conversation:
         except (ExportError, TemplateRefusal) as error:
             self._console.error(error)
             self._console.say("this question is left out of the conversation; /reset makes room for a long one")
+
+
+def _text(argument: str) -> str:
+    """An argument of the command line, without what Python makes of bytes that are no UTF-8."""
+    return _SURROGATE.sub("\ufffd", argument)
+
+
+def _show(piece: str) -> None:
+    """Write to stdout. On a terminal, control characters are spelt out: a model must not command it."""
+    if sys.stdout.isatty():
+        piece = _CONTROL.sub(lambda found: repr(found[0])[1:-1], piece)
+    try:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # the reader has left; `main` knows what to do
+    except OSError as error:
+        raise StorageError(f"the answer cannot be written: {error.strerror}", place="stdout") from error
 
 
 def _lines(console: Console) -> Iterator[str]:

@@ -40,21 +40,29 @@ class OtherServer:
 
 
 def other_server(
-    run: RunFolder, artifact: Artifact, host: str, port: int, key: str | None, context: int
+    run: RunFolder, artifact: Artifact, address: tuple[str, int], key: str, context: int, *, needs_key: bool
 ) -> OtherServer | None:
-    """The server that can serve a merged folder or an adapter as it is asked for, or None."""
+    """The server that can serve a merged folder or an adapter as it is asked for, or None.
+
+    address    where it is to listen
+    key        what its clients must show, if it can ask for that
+    needs_key  whether it must be one that can
+    """
+    where = ("--host", address[0], "--port", str(address[1]))
     if vllm := shutil.which("vllm"):
         what = _vllm_model(run, artifact)
         if what is not None:
             length = ("--max-model-len", str(context)) if context else ()
-            command = (vllm, "serve", *what, "--host", host, "--port", str(port), *length)
-            return OtherServer("vLLM", command, {"VLLM_API_KEY": key} if key else {}, run.name)
+            # A line in the log for each request would fill the disk in time.
+            command = (vllm, "serve", *what, *where, "--disable-uvicorn-access-log", *length)
+            return OtherServer("vLLM", command, {"VLLM_API_KEY": key}, run.name)
     # `transformers serve` knows no keys, and names a model by its folder.
     present = all(importlib.util.find_spec(module) is not None for module in ("fastapi", "uvicorn", "openai"))
-    if present and artifact.kind == "merged" and key is None:
+    if present and artifact.kind == "merged" and not needs_key:
         folder = str(artifact.path.resolve())
-        program = (sys.executable, "-m", "transformers.cli.transformers", "serve", folder)
-        return OtherServer("transformers serve", (*program, "--host", host, "--port", str(port)), {}, folder)
+        # -P: no module is taken from the folder that happens to be the current one.
+        program = (sys.executable, "-P", "-m", "transformers.cli.transformers", "serve", folder)
+        return OtherServer("transformers serve", (*program, *where), {}, folder)
     return None
 
 

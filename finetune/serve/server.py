@@ -1,17 +1,17 @@
 """`ft serve`: a trained model as an OpenAI-compatible endpoint, on this machine alone unless it is told otherwise.
 
 A GGUF file runs in the llama.cpp process that `ft chat` uses. An adapter or a merged folder runs in vLLM or
-`transformers serve`, where they are installed and can do what is asked; they are commands of their own.
+`transformers serve`, where they are installed and can do what is asked; they are commands of their own. With a key,
+either listens at the address itself; without one, it stands behind `front.py`, which keeps web pages out.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
+import secrets
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,18 +20,21 @@ from types import FrameType
 from typing import Any
 
 from finetune.console import Console
-from finetune.errors import ConfigError, ExportError, RunError, WorldError
+from finetune.errors import ExportError, RunError
 from finetune.llamacpp.process import Endpoint, Process
 from finetune.runs.folder import RunFolder
 from finetune.runs.log import logged
+from finetune.serve.address import KEY_VARIABLE, check_address, check_free, free_port, listeners
 from finetune.serve.artifact import Artifact, artifacts, newest_artifact, to_gguf
+from finetune.serve.child import Child
+from finetune.serve.front import Front
 from finetune.serve.others import OtherServer, other_server
 
 PARALLEL = 4
 """Requests that llama.cpp answers at a time; more of them wait. They share one context."""
 
-KEY_VARIABLE = "FT_API_KEY"
-_END_SECONDS = 10.0
+_BEHIND = "127.0.0.1"
+"""Where a server without a key of the person's listens: behind `front.py`, on a port that nobody is told."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Settings:
 
 
 def serve(run: RunFolder, settings: Settings, console: Console) -> None:
-    """Serve a run until Ctrl-C or SIGTERM, which end it without an error.
+    """Serve a run until Ctrl-C, SIGTERM or the end of the terminal, which end it without an error.
 
     Raises ConfigError for an address that would be open to everybody, WorldError for a port that is in use, RunError
     for a run that nothing installed can serve, ExportError when the model does not load or its process ends.
@@ -64,42 +67,8 @@ def serve(run: RunFolder, settings: Settings, console: Console) -> None:
             _serve_gguf(run, artifact, settings, console)
         else:
             _serve_other(run, artifact, settings, console)
-    console.say("stopped")
-
-
-def check_address(host: str, key: str | None) -> None:
-    """Refuse a key that no header can carry, and an address beyond this machine without a key."""
-    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError(
-            "a key is one word of visible ASCII characters", place="--api-key", hint="`openssl rand -hex 16` makes one"
-        )
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback and key is None:
-        raise ConfigError(
-            "without a key, everybody who reaches this address could use the model",
-            place=f"--host {host}",
-            hint=f"put a key into the environment as {KEY_VARIABLE} (or give --api-key), or leave --host out",
-        )
-
-
-def check_free(host: str, port: int) -> None:
-    """Raise WorldError unless this address can be listened on."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            if os.name == "posix":  # what ended a moment ago does not count; on Windows this would allow a second one
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise WorldError(
-            f"cannot listen here: {reason}",
-            place=f"{host}:{port}",
-            hint=f"choose another port (--port {port + 1}) or end the program that uses it",
-        ) from error
+    with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal left
+        console.say("stopped")
 
 
 def without_key(arguments: Sequence[str]) -> list[str]:
@@ -143,64 +112,69 @@ def _serve_gguf(run: RunFolder, artifact: Artifact, settings: Settings, console:
         "exact": False,
         "lora": [],
     }
-    endpoint = Endpoint(settings.host, settings.port, settings.key, run.name, PARALLEL)
-    process = Process(artifact.path, options, run.log, endpoint)
+    key = settings.key or secrets.token_hex(16)
+    host, port = (_BEHIND, 0) if settings.key is None else (settings.host, settings.port)
     try:
-        _announce(settings.host, process.port, settings.key, run.name, console)
-        process.wait()
+        process = Process(artifact.path, options, run.log, Endpoint(host, port, key, run.name, PARALLEL))
+    except ExportError:
+        check_free(settings.host, settings.port)  # another program may have taken it while the model was loaded
+        raise
+    try:
+        with _front(settings, process.port, key):
+            _announce(settings, run.name, console)
+            process.wait()
     finally:
         _ignore_signals()
         process.close()
 
 
 def _serve_other(run: RunFolder, artifact: Artifact, settings: Settings, console: Console) -> None:
-    server = other_server(run, artifact, settings.host, settings.port, settings.key, settings.context)
+    key = settings.key or secrets.token_hex(16)
+    host, port = (_BEHIND, free_port()) if settings.key is None else (settings.host, settings.port)
+    server = other_server(run, artifact, (host, port), key, settings.context, needs_key=settings.key is not None)
     if server is None:
         raise RunError(
             f"nothing that is installed can serve the {artifact.kind} of this run",
             place=str(run.path),
             hint=f"{to_gguf(run)} makes a file that `ft serve` runs by itself",
         )
-    environment = os.environ | server.environment
     with run.log.open("ab") as log:
-        child = subprocess.Popen(server.command, env=environment, stdout=log, stderr=log)
+        child = Child(server.command, os.environ | server.environment, log)
         try:
-            if _ready(child, server, settings, console):
-                _announce(settings.host, settings.port, settings.key, server.model, console)
-            raise _ended(child.wait(), server, run)
+            console.say(f"starting {server.name}, which can take minutes")
+            if _ready(child, host, port):
+                with _front(settings, port, key):
+                    _announce(settings, server.model, console)
+                    child.wait()
+            raise _ended(child.wait(), server, run, settings)
         finally:
             _ignore_signals()
-            _end(child)
+            child.close()
 
 
-def _ready(child: subprocess.Popen[bytes], server: OtherServer, settings: Settings, console: Console) -> bool:
+def _front(settings: Settings, port: int, key: str) -> contextlib.AbstractContextManager[object]:
+    """Without a key, the door before a server that listens on `port`; with one, that server is reached directly."""
+    if settings.key is not None:
+        return contextlib.nullcontext()
+    return Front(listeners(settings.host, settings.port), (_BEHIND, port), key)
+
+
+def _ready(child: Child, host: str, port: int) -> bool:
     """Wait until something listens. False if the process ended instead."""
-    console.say(f"starting {server.name}, which can take minutes")
-    while child.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(_reachable(settings), timeout=1):
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # "all interfaces" is no destination
+    while child.runs():
+        with contextlib.suppress(OSError), socket.create_connection((reachable, port), timeout=1):
             return True
         time.sleep(0.2)
     return False
 
 
-def _reachable(settings: Settings) -> tuple[str, int]:
-    """Where we reach the server ourselves: an address for all interfaces is no destination."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host), settings.port
-
-
-def _ended(status: int, server: OtherServer, run: RunFolder) -> ExportError:
+def _ended(status: int, server: OtherServer, run: RunFolder, settings: Settings) -> ExportError:
+    if settings.key is not None:
+        check_free(settings.host, settings.port)  # another program may have taken it while the model was loaded
     return ExportError(
         f"{server.name} ended with status {status}", place=str(run.log), hint=f"the log says why; or {to_gguf(run)}"
     )
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    child.terminate()
-    try:
-        child.wait(_END_SECONDS)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
 
 
 # -- ending, and what the person reads ----------------------------------------------------------------------------
@@ -212,12 +186,12 @@ class _Stop(BaseException):
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end what stands in here, and are no error."""
+    """Ctrl-C, SIGTERM and SIGHUP end what stands in here, and are no error."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise _Stop
 
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = _signals()
     before = [signal.signal(number, stop) for number in signals]
     try:
         with contextlib.suppress(_Stop):
@@ -227,15 +201,24 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _signals() -> list[signal.Signals]:
+    """What ends a server. SIGHUP, where there is one, is ignored under `nohup`, and stays so."""
+    hangup: signal.Signals | None = getattr(signal, "SIGHUP", None)
+    if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN:
+        return [signal.SIGINT, signal.SIGTERM]
+    return [signal.SIGINT, signal.SIGTERM, hangup]
+
+
 def _ignore_signals() -> None:
     """A second Ctrl-C must not interrupt the end: it would leave a process behind."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _signals():
         signal.signal(number, signal.SIG_IGN)
 
 
-def _announce(host: str, port: int, key: str | None, model: str, console: Console) -> None:
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    header = f" -H 'Authorization: Bearer '\"${KEY_VARIABLE}\"" if key else ""
+def _announce(settings: Settings, model: str, console: Console) -> None:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"http://{host}:{settings.port}"
+    header = f" -H 'Authorization: Bearer '\"${KEY_VARIABLE}\"" if settings.key else ""
     console.say(f"serving {model} at {address}/v1")
     console.say("try:")
     console.say(f"  curl {address}/v1/chat/completions{header} -H 'Content-Type: application/json' \\")

@@ -17,6 +17,7 @@ from finetune.errors import ExportError, MissingExtraError, StorageError
 from finetune.export.gguf import convert
 from finetune.export.source import open_model
 from finetune.llamacpp import LlamaCpp
+from finetune.llamacpp.process import Endpoint, Process
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -121,6 +122,34 @@ def test_closing_ends_the_process(gguf: Path) -> None:
     llama.close()
     llama.close()
     assert llama._process._child.poll() == 0
+
+
+def test_modules_in_the_current_folder_are_not_taken(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("secrets", "xllamacpp"):
+        (tmp_path / f"{name}.py").write_text("open('taken', 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    with LlamaCpp(gguf, context=64, gpu_layers=0, threads=1) as llama:
+        assert llama.tokenize("Once upon a time", add_special=True) == ONCE_UPON_A_TIME
+    assert not (tmp_path / "taken").exists()
+
+
+def test_the_log_of_an_endpoint_does_not_grow_with_its_requests(gguf: Path, tmp_path: Path) -> None:
+    settings = {"context": 64, "gpu_layers": 0, "threads": 1, "exact": False, "lora": []}
+    log = tmp_path / "llama.log"
+    process = Process(gguf, settings, log, Endpoint("127.0.0.1", 0, "a-key", "stories", 4))
+    try:
+        loaded = log.read_text()
+        assert "model loaded" in loaded
+        for _ in range(5):
+            process.ask("/completion", {"prompt": "Once upon a time", "n_predict": 4})
+        assert log.read_text() == loaded
+        with pytest.raises(ExportError, match="context"):
+            process.ask("/completion", {"prompt": "Once upon a time " * 500, "n_predict": 4})
+    finally:
+        process.close()
+    assert "exceeds the available context size" in log.read_text().removeprefix(loaded)  # errors are still there
 
 
 ORPHAN = """

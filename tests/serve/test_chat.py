@@ -135,6 +135,35 @@ def test_a_backslash_at_the_end_joins_lines(monkeypatch: pytest.MonkeyPatch) -> 
     assert list(_lines(Console())) == ["one \ntwo\nthree", "", "four", "five\n"]
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+ESCAPES = "a\x1b]0;owned\x07b\x1b[2Jc\x1b]52;c;cm0=\x07d\x9b2J\x7f\r\n\té"
+
+
+def test_a_terminal_is_not_commanded_by_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(history: list[Message]) -> Generator[str, None, None]:
+        yield from (ESCAPES[:2], ESCAPES[2:])  # a sequence in two pieces
+
+    terminal = Terminal()
+    talk = Conversation(answer, None, Console())
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        assert talk.take("one")
+    assert terminal.getvalue() == r"a\x1b]0;owned\x07b\x1b[2Jc\x1b]52;c;cm0=\x07d\x9b2J\x7f\r" + "\n\té\n"
+    assert talk.turns[1].content == ESCAPES  # the model is told what it said
+
+
+def test_a_file_gets_what_the_model_wrote(capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(history: list[Message]) -> Generator[str, None, None]:
+        yield ESCAPES
+
+    assert Conversation(answer, None, Console()).take("one")
+    assert capsys.readouterr().out == ESCAPES + "\n"
+
+
 # -- which artifact -----------------------------------------------------------------------------------------------
 
 
@@ -169,6 +198,36 @@ def test_a_prompt_from_stdin_is_answered(story_run: Path) -> None:
     empty = subprocess.run([*command, "-"], input="", capture_output=True, text=True)
     assert empty.returncode == 2
     assert "the prompt is empty" in empty.stderr
+
+
+@posix
+def test_bytes_that_are_no_text_are_read_as_such(story_run: Path) -> None:
+    command = [sys.executable, "-m", "finetune.cli", "chat", str(story_run), "--max-tokens", "4", "--using", "gguf"]
+    for more, given in (
+        ([b"--prompt", b"Once \xff upon"], b""),
+        ([b"--prompt", b"-", b"--system", b"\xfe"], b"Once \xff upon"),
+        ([], b"Once \xff upon\nOnce\n"),
+    ):
+        done = subprocess.run([*map(os.fsencode, command), *more], input=given, capture_output=True)
+        assert (done.returncode, b"error" in done.stderr) == (0, False), done.stderr
+        assert done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("how", [["--prompt", ONCE], []], ids=["prompt", "conversation"])
+def test_an_answer_that_cannot_be_written_is_an_error(story_run: Path, how: list[str]) -> None:
+    command = [sys.executable, "-m", "finetune.cli", "chat", str(story_run), "--max-tokens", "4", *how]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, input=f"{ONCE}\n", stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: stdout: the answer cannot be written: No space left on device"
+
+
+@pytest.mark.parametrize("temperature", ["nan", "inf"])
+def test_a_temperature_is_a_number(story_run: Path, run_ft: RunFt, temperature: str) -> None:
+    result = run_ft("chat", story_run, "--prompt", "Hi", "--temperature", temperature)
+    assert result.code == 2
+    assert f"--temperature: {temperature} is no temperature" in result.stderr
 
 
 def test_a_whole_conversation(story_run: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from finetune.runs.folder import RunFolder
 from finetune.serve.artifact import Artifact
 from finetune.serve.others import OtherServer, other_server
 from tests.conftest import RunFt
+from tests.serve.test_front import knock
 from tests.serve.test_server import KEY, free_port, posix, start, stop
 
 LORA: dict[str, Any] = {"base_model_name_or_path": "maker/base", "r": 16, "bias": "none", "modules_to_save": None}
@@ -37,17 +39,19 @@ def _vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
 
 
-def server(run: RunFolder, kind: Any, key: str | None = None, context: int = 0) -> OtherServer | None:
-    return other_server(run, Artifact(kind, run.path / kind), "127.0.0.1", 9, key, context)
+def server(run: RunFolder, kind: Any, context: int = 0, *, needs_key: bool = True) -> OtherServer | None:
+    artifact = Artifact(kind, run.path / kind)
+    return other_server(run, artifact, ("127.0.0.1", 9), "secret", context, needs_key=needs_key)
 
 
 @pytest.mark.usefixtures("_vllm")
 def test_vllm_serves_a_merged_folder_under_the_name_of_the_run(run: RunFolder) -> None:
-    found = server(run, "merged", key="secret", context=4096)
+    found = server(run, "merged", context=4096)
     assert found is not None
     address = ("--host", "127.0.0.1", "--port", "9")
     what = (str(run.merged), "--served-model-name", "legal")
-    assert found.command == ("/bin/vllm", "serve", *what, *address, "--max-model-len", "4096")
+    quiet = "--disable-uvicorn-access-log"
+    assert found.command == ("/bin/vllm", "serve", *what, *address, quiet, "--max-model-len", "4096")
     assert found.environment == {"VLLM_API_KEY": "secret"}
     assert found.model == "legal"
 
@@ -84,34 +88,81 @@ def test_vllm_gets_no_adapter_that_it_would_refuse(run: RunFolder, settings: dic
 def test_transformers_serves_a_merged_folder_without_a_key(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    found = server(run, "merged")
+    found = server(run, "merged", needs_key=False)
     assert found is not None
-    assert found.command[2:5] == ("transformers.cli.transformers", "serve", str(run.merged))
+    # -P: the current folder may hold modules of anybody.
+    assert found.command[1:6] == ("-P", "-m", "transformers.cli.transformers", "serve", str(run.merged))
     assert found.model == str(run.merged)
-    assert server(run, "merged", key="secret") is None
-    assert server(run, "adapter") is None
+    assert server(run, "merged") is None
+    assert server(run, "adapter", needs_key=False) is None
 
 
 STAND_IN = f"""#!{sys.executable}
 import http.server, json, os, sys
-print(json.dumps([sys.argv[1:], os.environ.get("VLLM_API_KEY"), os.environ.get("FT_API_KEY")]), flush=True)
+told = [sys.argv[1:], os.environ.get("VLLM_API_KEY"), os.environ.get("FT_API_KEY"), os.getpid()]
+print(json.dumps(told), flush=True)
 port = int(sys.argv[sys.argv.index("--port") + 1])
 http.server.HTTPServer(("127.0.0.1", port), http.server.SimpleHTTPRequestHandler).serve_forever()
 """
 
 
-@posix
-def test_another_server_is_started_announced_and_ended(run: RunFolder, tmp_path: Path) -> None:
+@pytest.fixture
+def path_with_vllm(tmp_path: Path) -> str:
     (tmp_path / "vllm").write_text(STAND_IN)
     (tmp_path / "vllm").chmod(0o755)
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    served = start(run.path, "--using", "merged", environment={"PATH": path, "FT_API_KEY": KEY})
+    return f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+
+
+def told_by(run: RunFolder) -> Any:
+    """What the stand-in said of itself: arguments, the two keys, its process."""
+    return json.loads(next(line for line in run.log.read_text().splitlines() if line.startswith("[")))
+
+
+def ends(pid: int) -> bool:
+    """Whether a process ends within ten seconds."""
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        # Where nobody takes note of orphans that ended, they stay as entries in a list.
+        if Path(f"/proc/{pid}/stat").exists() and ") Z" in Path(f"/proc/{pid}/stat").read_text():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@posix
+def test_another_server_is_started_announced_and_ended(run: RunFolder, path_with_vllm: str) -> None:
+    served = start(run.path, "--using", "merged", environment={"PATH": path_with_vllm, "FT_API_KEY": KEY})
     assert "serving legal at" in "".join(served.said)
     assert stop(served, signal.SIGINT) == 0
-    told = next(line for line in run.log.read_text().splitlines() if line.startswith("["))
-    arguments, vllm_key, our_key = json.loads(told)
+    arguments, vllm_key, our_key, pid = told_by(run)
     assert arguments[:4] == ["serve", str(run.merged), "--served-model-name", "legal"]
+    assert arguments[arguments.index("--port") + 1] == str(served.port)
     assert (vllm_key, our_key) == (KEY, None)
+    assert ends(pid)
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_another_server_does_not_outlive_us(run: RunFolder, path_with_vllm: str, number: signal.Signals) -> None:
+    served = start(run.path, "--using", "merged", environment={"PATH": path_with_vllm, "FT_API_KEY": KEY})
+    assert stop(served, number) == (-9 if number == signal.SIGKILL else 0)
+    assert ends(told_by(run)[3])
+
+
+@posix
+def test_without_a_key_another_server_stands_behind_the_door(run: RunFolder, path_with_vllm: str) -> None:
+    served = start(run.path, "--using", "merged", environment={"PATH": path_with_vllm})
+    try:
+        arguments, vllm_key, _, _ = told_by(run)
+        assert arguments[arguments.index("--port") + 1] != str(served.port)
+        assert len(vllm_key) == 32
+        assert knock(served.port, "localhost")[0] == 200
+        assert knock(served.port, "evil.example")[0] == 403
+    finally:
+        assert stop(served) == 0
 
 
 @posix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -18,8 +19,12 @@ from typing import Any
 
 import pytest
 
+from finetune.console import Console
 from finetune.errors import ConfigError, WorldError
-from finetune.serve.server import check_address, check_free, without_key
+from finetune.runs.folder import RunFolder
+from finetune.serve import address
+from finetune.serve.address import check_address, check_free, listeners
+from finetune.serve.server import without_key
 from tests.conftest import RunFt
 from tests.serve.conftest import ONCE
 
@@ -170,7 +175,7 @@ def children_of(pid: int) -> list[int]:
 
 
 @posix
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_and_its_child_and_frees_the_port(story_run: Path, number: int) -> None:
     served = start(story_run)
     children = children_of(served.process.pid)
@@ -181,6 +186,20 @@ def test_a_signal_ends_it_and_its_child_and_frees_the_port(story_run: Path, numb
     assert served.said[-1] == "stopped\n"
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
     check_free("127.0.0.1", served.port)
+
+
+@posix
+def test_the_end_of_a_terminal_is_ignored_under_nohup(story_run: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; children inherit it
+    try:
+        served = start(story_run)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    served.process.send_signal(signal.SIGHUP)
+    for pid in children_of(served.process.pid):
+        os.kill(pid, signal.SIGHUP)
+    assert ask(served.client(), max_tokens=1).usage.completion_tokens == 1
+    assert stop(served) == 0
 
 
 @posix
@@ -255,6 +274,46 @@ def test_a_port_in_use_is_named(story_run: Path, run_ft: RunFt) -> None:
     assert result.code == 1
     assert f"127.0.0.1:{port}: cannot listen here: Address already in use" in result.stderr
     assert f"--port {port + 1}" in result.stderr
+
+
+def test_every_address_of_a_name_must_be_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`localhost` is often 127.0.0.1 and ::1: a client may take either."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        two = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in ("127.0.0.2", "127.0.0.1")]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: two)
+        with pytest.raises(WorldError, match="in use"):
+            check_free("localhost", port)
+
+
+def test_an_address_of_a_name_that_this_machine_lacks_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in ("192.0.2.1", "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: two)
+    opened = listeners("localhost", 0)
+    assert [listener.getsockname()[0] for listener in opened] == ["127.0.0.1"]
+    for listener in opened:
+        listener.close()
+
+
+@posix
+@pytest.mark.parametrize("key", [None, KEY])
+def test_a_port_that_is_taken_while_the_model_loads_is_named(
+    story_run: Path, monkeypatch: pytest.MonkeyPatch, key: str | None
+) -> None:
+    """The first look finds the port free, and then another program listens."""
+    from finetune.serve import server
+
+    settings = server.Settings("gguf", "127.0.0.1", 0, key, 64, 0, 1)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = dataclasses.replace(settings, port=other.getsockname()[1])
+        looks = iter([lambda *_: None, address.check_free])
+        monkeypatch.setattr(server, "check_free", lambda *place: next(looks)(*place))
+        with pytest.raises(WorldError, match="cannot listen here: Address already in use"):
+            server.serve(RunFolder(story_run), taken, Console())
 
 
 def test_an_address_that_is_not_of_this_machine_is_an_error() -> None:
