@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import ConfigError, ExportError, Problem
 from finetune.export.gguf.encode import Quant
 from finetune.pipeline import config_of
-from finetune.proving import Exported, Onto, prove
+from finetune.proving import Exported, Onto, forget, is_proven, prove
 from finetune.runs.files import storage_errors, write_text
 from finetune.runs.folder import RunFolder
 from finetune.runs.log import logged
@@ -40,11 +41,30 @@ class Wishes:
 
 def merge(run: RunFolder, wishes: Wishes, console: Console) -> None:
     """`ft merge`: base + adapter in 16 bit, into the run folder, proven."""
+    with run.lock():
+        _merge(run, wishes, console)
+
+
+def export(run: RunFolder, to: str, quants: Sequence[str], wishes: Wishes, console: Console) -> None:
+    """`ft export`: a folder for transformers, GGUF files with their Modelfile, or the adapter alone as GGUF."""
+    if to not in FORMATS:
+        raise ConfigError(f"--to is one of {', '.join(FORMATS)}, not {to!r}", hint=f"`ft export {run.path} --to gguf`")
+    chosen = _chosen(quants)
+    with run.lock():
+        if to == "hf":
+            _write_folder(run, wishes, console)
+        elif to == "gguf-lora":
+            _write_lora(run, wishes, console)
+        else:
+            _write_gguf(run, chosen, wishes, console)
+
+
+def _merge(run: RunFolder, wishes: Wishes, console: Console) -> None:
     from finetune.export.merge import merge as run_merge
     from finetune.export.partial import discard, partial_of, promote, refuse_existing
 
-    onto = _onto(wishes)
     config, base = _base_of(run)
+    onto = _onto(wishes, config)
     refuse_existing(run.merged)
     partial = partial_of(run.merged)
     discard(partial)
@@ -59,28 +79,25 @@ def merge(run: RunFolder, wishes: Wishes, console: Console) -> None:
                 base_precision=onto,
                 on_tensor=_shown_on(progress),
             )
-        if wishes.verify:
-            _require_proof(run, config, base, [Exported("merged", partial, "")], onto, console)
+        _prove_or_forget(run, config, base, [Exported("merged", partial, "")], onto, wishes, console)
         promote(partial, run.merged)
     tensors = report.merged + report.copied
-    console.say(f"merged: {run.merged} ({size(report.nbytes)}; {report.merged} of {tensors} tensors changed)")
+    proven = "proven" if wishes.verify else "not proven"
+    console.say(f"merged: {run.merged} ({size(report.nbytes)}; {report.merged} of {tensors} tensors changed; {proven})")
 
 
-def export(run: RunFolder, to: str, quants: Sequence[str], wishes: Wishes, console: Console) -> None:
-    """`ft export`: a folder for transformers, GGUF files with their Modelfile, or the adapter alone as GGUF."""
-    if to not in FORMATS:
-        raise ConfigError(f"--to is one of {', '.join(FORMATS)}, not {to!r}", hint=f"`ft export {run.path} --to gguf`")
-    if to == "hf":
-        if run.merged.exists():
-            console.say(f"merged: {run.merged} (from before)")
-        else:
-            merge(run, wishes, console)
-        console.say(f"next: {run.merged} loads with transformers, vLLM and mlx-lm")
-        console.say(f"      {_adapter_in_vllm(run)}")
-    elif to == "gguf-lora":
-        _write_lora(run, wishes, console)
+def _write_folder(run: RunFolder, wishes: Wishes, console: Console) -> None:
+    if not run.merged.exists():
+        _merge(run, wishes, console)
+    elif wishes.verify and not is_proven(run, "merged", run.merged):
+        config, base = _base_of(run)
+        with logged(run.log):
+            _require_proof(run, config, base, [Exported("merged", run.merged, "")], _onto(wishes, config), console)
+        console.say(f"merged: {run.merged} (from before; proven)")
     else:
-        _write_gguf(run, _chosen(quants), wishes, console)
+        console.say(f"merged: {run.merged} (from before)")
+    console.say(f"next: {run.merged} loads with transformers, vLLM and mlx-lm")
+    console.say(f"      {_adapter_in_vllm(run)}")
 
 
 def _chosen(quants: Sequence[str]) -> list[Quant]:
@@ -91,9 +108,14 @@ def _chosen(quants: Sequence[str]) -> list[Quant]:
     return list(dict.fromkeys(QUANTS[name] for name in wanted))
 
 
-def _onto(wishes: Wishes) -> Onto:
+def _onto(wishes: Wishes, config: Config) -> Onto:
     if wishes.onto not in ("stored", "nf4"):
         raise ConfigError(f"--base is stored or nf4, not {wishes.onto!r}", hint="stored is the usual choice")
+    if wishes.onto == "nf4" and config.quantization != "nf4":
+        raise ConfigError(
+            f"--base nf4: this run was trained with quantization: {config.quantization}",
+            hint="leave --base out: the stored weights are those that training saw",
+        )
     return "nf4" if wishes.onto == "nf4" else "stored"
 
 
@@ -115,14 +137,14 @@ def _write_gguf(run: RunFolder, quants: Sequence[Quant], wishes: Wishes, console
     from finetune.export.gguf import convert
     from finetune.export.merged import merged_model
     from finetune.export.partial import discard, partial_of, promote, refuse_existing
-    from finetune.export.runtimes import modelfile, runtime_notes
+    from finetune.export.runtimes import runtime_notes
 
-    template = _ollama_template(run) if wishes.ollama_template else None
-    onto = _onto(wishes)
     config, base = _base_of(run)
+    onto = _onto(wishes, config)
     finals = {quant: run.gguf / f"{run.name}-{quant}.gguf" for quant in quants}
     for final in finals.values():
         refuse_existing(final)
+    _modelfile(run, quants[0], finals[quants[0]], (), wishes)  # what it cannot hold is found before anything is written
     with storage_errors(run.gguf):
         run.gguf.mkdir(exist_ok=True)
     reports = {}
@@ -136,18 +158,23 @@ def _write_gguf(run: RunFolder, quants: Sequence[Quant], wishes: Wishes, console
                 report = convert(model, partial, quant=quant, name=run.name, on_tensor=_shown_on(progress))
             model.require_change()
             reports[quant] = report
-        if wishes.verify:
-            exported = [Exported(f"gguf/{final.name}", partial_of(final), quant) for quant, final in finals.items()]
-            _require_proof(run, config, base, exported, onto, console)
-        for quant, final in finals.items():
+        exported = [Exported(f"gguf/{final.name}", partial_of(final), quant) for quant, final in finals.items()]
+        _prove_or_forget(run, config, base, exported, onto, wishes, console)
+        first = quants[0]
+        text = _modelfile(run, first, finals[first], reports[first].stop, wishes)
+        for final in finals.values():
             promote(partial_of(final), final)
-            text = modelfile(final.name, stop=reports[quant].stop, system=wishes.system, template=template)
-            write_text(run.gguf / "Modelfile", text)
+        write_text(run.gguf / "Modelfile", text)
+    notes = (
+        note
+        for quant, report in reports.items()
+        for note in (*report.notes, *runtime_notes(report.architecture, quant))
+    )
+    for note in dict.fromkeys(notes):
+        console.say(f"note: {note}")
+    proven = ", proven" if wishes.verify else ", not proven"
     for quant, final in finals.items():
-        report = reports[quant]
-        for note in dict.fromkeys((*report.notes, *runtime_notes(report.architecture, quant))):
-            console.say(f"note: {note}")
-        console.say(f"wrote {final} ({size(report.nbytes)})")
+        console.say(f"wrote {final} ({size(reports[quant].nbytes)}{proven})")
     console.say(f"next: `ollama create {run.name} -f {run.gguf / 'Modelfile'}`, or `ft chat {run.path}`")
     if line := _for_lm_studio(run, next(iter(finals.values()))):
         console.say(line)
@@ -155,14 +182,14 @@ def _write_gguf(run: RunFolder, quants: Sequence[Quant], wishes: Wishes, console
 
 def _ollama_template(run: RunFolder) -> str:
     """The run's chat template in Ollama's own language."""
-    from finetune.export.runtimes import ollama_template
-    from finetune.export.verify.probes import conversation
+    from finetune.export.ollama import ollama_template
+    from finetune.export.verify.probes import CONVERSATIONS, render
 
     tokenizer = load_tokenizer(run.adapter)
     template = choose_template(None, tokenizer, datetime.datetime.now())
     bos = template.special.get("bos_token", "")
     # The GGUF file has runtimes put the BOS before every text if the template begins with it.
-    return ollama_template(template, adds_bos=bool(bos) and (conversation(template, 1) or "").startswith(bos))
+    return ollama_template(template, adds_bos=bool(bos) and (render(template, CONVERSATIONS[0]) or "").startswith(bos))
 
 
 def _for_lm_studio(run: RunFolder, file: Path) -> str | None:
@@ -173,7 +200,8 @@ def _for_lm_studio(run: RunFolder, file: Path) -> str | None:
     if not models.is_dir():
         return None
     place = lm_studio_path(models, "finetune", run.name, file.name)
-    return f"      LM Studio: `mkdir -p {place.parent} && cp {file} {place}`"
+    folder, source, target = (shlex.quote(str(path)) for path in (place.parent, file, place))
+    return f"      LM Studio: `mkdir -p {folder} && cp {source} {target}`"
 
 
 def _adapter_in_vllm(run: RunFolder) -> str:
@@ -185,6 +213,29 @@ def _adapter_in_vllm(run: RunFolder) -> str:
     if reasons := vllm_refusals(config):
         return f"vLLM cannot serve the adapter by itself: it has {', '.join(reasons)}"
     return f"vLLM can also serve {run.adapter} beside its base: `--enable-lora --max-lora-rank {vllm_rank(config)}`"
+
+
+def _modelfile(run: RunFolder, quant: Quant, final: Path, stop: Sequence[str], wishes: Wishes) -> str:
+    """The Modelfile of the file that was named first."""
+    from finetune.export.ollama import modelfile
+
+    template = _ollama_template(run) if wishes.ollama_template else None
+    return modelfile(final.name, stop=stop, system=wishes.system, template=template)
+
+
+def _prove_or_forget(
+    run: RunFolder,
+    config: Config,
+    base: Path,
+    exported: Sequence[Exported],
+    onto: Onto,
+    wishes: Wishes,
+    console: Console,
+) -> None:
+    if wishes.verify:
+        _require_proof(run, config, base, exported, onto, console)
+    else:
+        forget(run, [one.name for one in exported])
 
 
 def _require_proof(
@@ -203,22 +254,44 @@ def _require_proof(
 
 
 def _write_lora(run: RunFolder, wishes: Wishes, console: Console) -> None:
+    """The adapter alone. It is proven on its base, which is made into a GGUF file for that and removed again."""
+    from finetune.export.gguf import convert
     from finetune.export.gguf.lora import write_lora
-    from finetune.export.runtimes import adapter_modelfile
+    from finetune.export.ollama import adapter_modelfile
+    from finetune.export.partial import discard, partial_of, promote, refuse_existing
+    from finetune.export.source import Model, open_model
 
-    _, base = _base_of(run)
+    config, base = _base_of(run)
+    final = run.gguf / f"{run.name}-lora.gguf"
+    refuse_existing(final)
+    modelfile = adapter_modelfile(wishes.ollama_base or "BASE", final.name, system=wishes.system)
     with storage_errors(run.gguf):
         run.gguf.mkdir(exist_ok=True)
-    path = run.gguf / f"{run.name}-lora.gguf"
+    partial, whole = partial_of(final), run.gguf / "base.gguf.partial"
+    stored = open_model(base)
+    quant: Quant = "f16" if stored.config.get("dtype", stored.config.get("torch_dtype")) == "float16" else "bf16"
     with logged(run.log):
-        write_lora(run.adapter, base, path, name=run.name)
-    console.say(f"wrote {path} ({size(path.stat().st_size)})")
+        for path in (partial, whole):
+            discard(path)
+        write_lora(run.adapter, base, partial, name=run.name)
+        try:
+            if wishes.verify:
+                model = Model(base, stored.config, stored.weights, run.adapter)
+                with console.progress("writing the base, to prove the adapter on", unit="tensors") as progress:
+                    convert(model, whole, quant=quant, name=run.name, on_tensor=_shown_on(progress))
+            exported = [Exported(f"gguf/{final.name}", partial, quant, on=whole)]
+            _prove_or_forget(run, config, base, exported, "stored", wishes, console)
+        finally:
+            discard(whole)
+        promote(partial, final)
+        if wishes.ollama_base:
+            write_text(run.gguf / "Modelfile.lora", modelfile)
+    proven = "proven" if wishes.verify else "not proven"
+    console.say(f"wrote {final} ({size(final.stat().st_size)}, {proven})")
     if wishes.ollama_base:
-        made = run.gguf / "Modelfile.lora"
-        write_text(made, adapter_modelfile(wishes.ollama_base, path.name, system=wishes.system))
-        console.say(f"next: `ollama create {run.name} -f {made}`")
+        console.say(f"next: `ollama create {run.name} -f {run.gguf / 'Modelfile.lora'}`")
     else:
-        console.say(f"next: `llama-cli -m BASE.gguf --lora {path}`, or --ollama-base NAME for a Modelfile")
+        console.say(f"next: `llama-cli -m BASE.gguf --lora {final}`, or --ollama-base NAME for a Modelfile")
 
 
 def _shown_on(progress: Progress) -> Callable[[int, int, str], None]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.base_files import small_files
 from finetune.config.schema import Config
-from finetune.console import Console
+from finetune.console import Console, Progress
 from finetune.data.prepare import prepare
 from finetune.data.template import choose_template, end_of_turn
 from finetune.data.tokenizer import load_tokenizer
@@ -24,7 +24,8 @@ from finetune.runs.manifest import sha256, timestamp
 
 if TYPE_CHECKING:
     from finetune.data.store import TokenRow
-    from finetune.export.verify.proof import Artifact
+    from finetune.export.verify.asked import Artifact
+    from finetune.export.verify.proof import Subject
 
 Onto = Literal["stored", "nf4"]
 
@@ -39,22 +40,68 @@ class Exported:
     """Where it is now."""
     precision: str
     """For a GGUF file: its quantisation."""
+    on: Path | None = None
+    """For an adapter as GGUF: the base as GGUF."""
 
 
 def prove(
     run: RunFolder, config: Config, base: Path, exported: Sequence[Exported], onto: Onto, console: Console
-) -> dict[str, tuple[str, ...]]:
+) -> dict[str, list[str]]:
     """Compare with what was trained, print the table, write verification.json. Name → what is wrong with it."""
-    from finetune.export.source import open_model
-    from finetune.export.verify.proof import Subject, measure
+    from finetune.export.verify.proof import measure, needed_context
     from finetune.export.verify.verdict import as_dict, judge, table
+
+    with contextlib.ExitStack() as stack, console.progress("proving") as progress:
+        subject = _subject(run, config, base, onto, console)
+        context = needed_context(subject)
+        artifacts = [_open(one, subject.device, context, stack) for one in exported]
+        reference, found = measure(subject, artifacts, lambda what, done, total: _show(progress, what, done, total))
+    if not console.json_events:
+        console.say()
+        console.table(*table(reference, found))
+        console.say(
+            f"compared on {reference.sequences} texts and {reference.rows_are} rows, {reference.positions:,} tokens"
+            + (f", and at the end of {reference.long:,}" if reference.long else "")
+        )
+    known = _known(run.verification)
+    problems = {}
+    for one, measured in zip(exported, found, strict=True):
+        verdict = judge(reference, measured)
+        found_here = as_dict(reference, measured, verdict)
+        changed = [f"{name} is not the one that was trained with" for name in _changed_files(run.adapter, one.path)]
+        found_here["problems"] += changed
+        found_here["proven"] = not found_here["problems"]
+        known[one.name] = {"proven_at": timestamp(), "sha256": _hashes(one.path), **found_here}
+        console.event("verification", artifact=one.name, **known[one.name])
+        for warning in verdict.warnings:
+            console.warn(f"{one.name}: {warning}")
+        problems[one.name] = found_here["problems"]
+    write_json(run.verification, known)
+    return problems
+
+
+def is_proven(run: RunFolder, name: str, path: Path) -> bool:
+    """Whether verification.json speaks of these very bytes, and well."""
+    entry = _known(run.verification).get(name)
+    return isinstance(entry, dict) and entry.get("proven") is True and entry.get("sha256") == _hashes(path)
+
+
+def forget(run: RunFolder, names: Sequence[str]) -> None:
+    """Take out of verification.json what is about to be replaced by something that nobody proves."""
+    known = _known(run.verification)
+    if any(name in known for name in names):
+        write_json(run.verification, {name: entry for name, entry in known.items() if name not in names})
+
+
+def _subject(run: RunFolder, config: Config, base: Path, onto: Onto, console: Console) -> Subject:
+    from finetune.export.source import open_model
+    from finetune.export.verify.proof import Subject
     from finetune.model.hardware import detect
 
     tokenizer = load_tokenizer(run.adapter)
     template = choose_template(None, tokenizer, datetime.datetime.now()) if tokenizer.chat_template else None
     rows, rows_are = _rows(run, config, console)
-    device = "cuda:0" if detect().device == "cuda" else "cpu"
-    subject = Subject(
+    return Subject(
         base=open_model(base),
         adapter=run.adapter,
         tokenizer=tokenizer,
@@ -64,36 +111,17 @@ def prove(
         rows_are=rows_are,
         nf4=config.quantization == "nf4",
         onto=onto,
-        device=device,
+        device="cuda:0" if detect().device == "cuda" else "cpu",
     )
-    with contextlib.ExitStack() as stack, console.progress("proving") as progress:
-        artifacts = [_open(one, device, stack) for one in exported]
-        reference, found = measure(subject, artifacts, lambda what, done, total: _show(progress, what, done, total))
-    if not console.json_events:
-        console.say()
-        console.table(*table(reference, found))
-        console.say(f"compared on {reference.sequences} texts and {rows_are} rows, {reference.positions:,} tokens")
-    known = _known(run.verification)
-    problems = {}
-    for one, measured in zip(exported, found, strict=True):
-        verdict = judge(reference, measured)
-        known[one.name] = {"proven_at": timestamp(), "sha256": _hashes(one.path)} | as_dict(
-            reference, measured, verdict
-        )
-        console.event("verification", artifact=one.name, **known[one.name])
-        for warning in verdict.warnings:
-            console.warn(f"{one.name}: {warning}")
-        problems[one.name] = verdict.problems
-    write_json(run.verification, known)
-    return problems
 
 
-def _open(one: Exported, device: str, stack: contextlib.ExitStack) -> Artifact:
+def _open(one: Exported, device: str, context: int, stack: contextlib.ExitStack) -> Artifact:
     from finetune.export.verify.artifacts import open_folder, open_gguf
 
     if one.path.is_dir():
         return open_folder(one.path, one.name, device)
-    return stack.enter_context(open_gguf(one.path, one.name, one.precision))
+    model, lora = (one.path, ()) if one.on is None else (one.on, (one.path,))
+    return stack.enter_context(open_gguf(model, one.name, one.precision, context, lora=lora))
 
 
 def _rows(run: RunFolder, config: Config, console: Console) -> tuple[Sequence[TokenRow], str]:
@@ -102,21 +130,40 @@ def _rows(run: RunFolder, config: Config, console: Console) -> tuple[Sequence[To
         data = prepare(config, small_files(config), cache=run.path.parent / CACHE)
     except FinetuneError as error:
         console.say(f"note: compared on the project's own texts alone, since the run's data cannot be read: {error}")
-        return (), "held-out"
+        return (), "no"
     return (data.held_out, "held-out") if len(data.held_out) else (data.train, "training")
 
 
-def _show(progress: Any, what: str, done: int, total: int) -> None:
+def _show(progress: Progress, what: str, done: int, total: int) -> None:
     progress.total = total
     progress.update(done, what)
 
 
+_COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
+"""What a merged folder takes from the adapter's folder, byte for byte: it decides how an answer begins and ends."""
+
+
+def _changed_files(adapter: Path, folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    there = [name for name in _COPIED if (adapter / name).is_file()]
+    return [name for name in there if not _same(adapter / name, folder / name)]
+
+
+def _same(first: Path, second: Path) -> bool:
+    return second.is_file() and first.read_bytes() == second.read_bytes()
+
+
 def _hashes(path: Path) -> str | dict[str, str]:
-    return (
-        sha256(path)
-        if path.is_file()
-        else {file.name: sha256(file) for file in sorted(path.iterdir()) if file.is_file()}
-    )
+    if path.is_file():
+        return sha256(path)
+    return {file.name: sha256(file) for file in sorted(path.iterdir()) if file.is_file()}
 
 
 def _known(path: Path) -> dict[str, Any]:

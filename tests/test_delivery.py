@@ -104,13 +104,62 @@ def test_a_run_whose_data_is_gone_is_proven_on_texts_alone(folder: Path, run_ft:
     assert "the run's data cannot be read" in result.stderr
 
 
-def test_the_adapter_alone_and_no_proof_on_request(folder: Path, run_ft: RunFt) -> None:
-    assert run_ft("export", "tiny", "--to", "gguf-lora", cwd=folder).code == 0
-    result = run_ft("export", "tiny", "--quant", "q8_0", "--no-verify", cwd=folder)
+def test_the_adapter_alone_is_proven_on_its_base(folder: Path, run_ft: RunFt) -> None:
+    result = run_ft("export", "tiny", "--to", "gguf-lora", "--ollama-base", "tiny:base", cwd=folder)
     assert result.code == 0, result.stderr
-    names = {path.name for path in (folder / "runs" / "tiny" / "gguf").iterdir()}
-    assert names == {"tiny-lora.gguf", "tiny-q8_0.gguf", "Modelfile"}
-    assert not (folder / "runs" / "tiny" / "verification.json").exists()
+    run = folder / "runs" / "tiny"
+    assert sorted(path.name for path in (run / "gguf").iterdir()) == ["Modelfile.lora", "tiny-lora.gguf"]
+    assert "ADAPTER ./tiny-lora.gguf" in (run / "gguf" / "Modelfile.lora").read_text("utf-8")
+    assert json.loads((run / "verification.json").read_text("utf-8"))["gguf/tiny-lora.gguf"]["proven"] is True
+
+
+def test_what_is_not_proven_is_said_so_and_can_be_proven_later(folder: Path, run_ft: RunFt) -> None:
+    run = RunFolder(folder / "runs" / "tiny")
+    assert run_ft("merge", "tiny", cwd=folder).code == 0
+    assert json.loads(run.verification.read_text("utf-8"))["merged"]["proven"] is True
+    shutil.rmtree(run.merged)
+    result = run_ft("merge", "tiny", "--no-verify", cwd=folder)
+    assert "not proven" in result.stderr
+    assert "merged" not in json.loads(run.verification.read_text("utf-8"))
+    assert "from before; proven" in run_ft("export", "tiny", "--to", "hf", cwd=folder).stderr
+    again = run_ft("export", "tiny", "--to", "hf", cwd=folder)
+    assert again.code == 0
+    assert "nats apart" not in again.stderr, "proven twice"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("model.safetensors", bytes(100), "head of a safetensors file"),
+        ("generation_config.json", b'{"eos_token_id": 3}', "generation_config.json is not the one"),
+        ("tokenizer_config.json", None, "tokenizer_config.json is not the one"),
+    ],
+)
+def test_a_merged_folder_that_somebody_changed_is_found(
+    folder: Path, run_ft: RunFt, file: str, content: bytes | None, words: str
+) -> None:
+    assert run_ft("merge", "tiny", "--no-verify", cwd=folder).code == 0
+    path = folder / "runs" / "tiny" / "merged" / file
+    path.write_bytes(content if content is not None else path.read_bytes() + b"\n")
+    result = run_ft("export", "tiny", "--to", "hf", cwd=folder)
+    assert result.code == 1
+    assert words in result.stderr
+
+
+def test_two_exports_of_one_run_do_not_meet(folder: Path, run_ft: RunFt) -> None:
+    run = RunFolder(folder / "runs" / "tiny")
+    with run.lock():
+        for command in (["merge", "tiny"], ["export", "tiny"], ["export", "tiny", "--to", "gguf-lora"]):
+            result = run_ft(*command, cwd=folder)
+            assert result.code == 1
+            assert "in use by process" in result.stderr
+
+
+def test_a_modelfile_that_cannot_be_written_is_said_before_anything_is(folder: Path, run_ft: RunFt) -> None:
+    result = run_ft("export", "tiny", "--system", 'say """hi"""', cwd=folder)
+    assert result.code == 1
+    assert "a Modelfile cannot hold this text" in result.stderr
+    assert not (folder / "runs" / "tiny" / "gguf").exists()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import yaml
 
 from finetune.config.load import load
 from finetune.console import Console
-from finetune.delivery import export
+from finetune.delivery import Wishes, export
 from finetune.pipeline import train as run_pipeline
 from finetune.runs.folder import RunFolder
 from tests.export.probes import PROBES
@@ -44,7 +44,8 @@ def medical_run(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFo
     path = folder / "medical.yaml"
     path.write_text(yaml.safe_dump(config), "utf-8")
     run = run_pipeline(path, [], folder / "runs", Console(), fresh=False).run
-    export(run, "gguf", "f32", Console())
+    export(run, "hf", ["q8_0"], Wishes(), Console())
+    export(run, "gguf", ["f32"], Wishes(), Console())
     return run
 
 

@@ -66,6 +66,41 @@ def joined(parts: Iterable[Distance]) -> Distance:
     return Distance(np.concatenate([p.divergence for p in parts]), np.concatenate([p.same_top for p in parts]))
 
 
+@dataclass(frozen=True)
+class Shift:
+    """How much of what training changed an artifact has, as sums over positions that can be added up."""
+
+    along: float = 0.0
+    """Σ covariance of what changed in the artifact with what training changed, both in log probabilities against the
+    base, under the trained model's distribution."""
+    whole: float = 0.0
+    """Σ variance of what training changed."""
+
+    def __add__(self, other: Shift) -> Shift:
+        return Shift(self.along + other.along, self.whole + other.whole)
+
+    @property
+    def kept(self) -> float | None:
+        """1 for the trained model, 0 for the base, 0.5 for half of the adapter (about: log probabilities are not linear
+        in it). Noise of a quantiser, which points anywhere, changes this little. None if training changed nothing."""
+        return self.along / self.whole if self.whole > 0 else None
+
+
+def shift(trained: Logits, base: Logits, artifact: Logits) -> Shift:
+    """From the logits of all three at the same positions."""
+    along = whole = 0.0
+    for begin in range(0, len(trained), max(1, BLOCK // trained.shape[1])):
+        some = slice(begin, begin + max(1, BLOCK // trained.shape[1]))
+        log_p, log_base = log_probabilities(trained[some]), log_probabilities(base[some])
+        log_q = log_probabilities(artifact[some, : trained.shape[1]])
+        p = np.exp(log_p)
+        by_training, by_artifact = log_p - log_base, log_q - log_base
+        by_training -= (p * by_training).sum(axis=1, keepdims=True)
+        along += float((p * by_training * by_artifact).sum())
+        whole += float((p * by_training * by_training).sum())
+    return Shift(along, whole)
+
+
 def losses(logits: Logits, ids: Sequence[int], scored: npt.NDArray[np.bool_]) -> Numbers:
     """Negative log likelihood in nats of each scored token but the first, given what stands before it.
 

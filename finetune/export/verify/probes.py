@@ -1,8 +1,8 @@
-"""What a proof is made on: texts on which tokenizers tend to disagree, and sequences of the run's own rows."""
+"""What a proof is made on: texts, conversations, sequences of the run's own rows, and one long sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,18 @@ SCORED_TEXTS = 16
 LONGEST = 256
 """Tokens of a row that are compared."""
 
+ADDED_TOKENS = 100
+"""How many of the tokens that were added to the vocabulary are tried: all but Llama 3's 250 reserved ones, mostly."""
+
+LONG, LONG_LARGE = 2048, 1024
+"""Tokens of the one long sequence, for a model of up to LARGE parameters and for a larger one. Errors of rotary scaling
+and of attention windows only show far from the beginning."""
+
+LARGE = 2_000_000_000
+
+FAR = 128
+"""How many positions at its end are compared."""
+
 
 @dataclass(frozen=True)
 class Sequence_:
@@ -37,50 +49,61 @@ class Sequence_:
         return self.ids[: int(places[0])] if len(places) and places[0] else None
 
 
-def probe_texts(template: ChatTemplate | None) -> list[str]:
-    """The texts, and conversations as the template renders them."""
-    return [*TEXTS, *(text for text in (conversation(template, turns) for turns in (1, 2)) if text)]
+def probe_texts(template: ChatTemplate | None, tokenizer: Tokenizer) -> list[str]:
+    """The texts, conversations as the template renders them, and every added token between two words."""
+    rendered = [render(template, messages, ask=False) for messages in CONVERSATIONS] if template else []
+    added = sorted(tokenizer.backend.get_added_tokens_decoder().items())
+    return [
+        *TEXTS,
+        *(text for text in rendered if text),
+        *(f"before{token.content}after" for _, token in added[:ADDED_TOKENS]),
+    ]
 
 
-def conversation(template: ChatTemplate | None, turns: int, *, ask: bool = False) -> str | None:
-    """A short conversation in the template; with `ask`, one more question and what an answer begins with. None if there
-    is no template, or it refuses."""
-    if template is None:
-        return None
+def _said(turns: int) -> tuple[Message, ...]:
+    return tuple(
+        message
+        for turn in range(turns)
+        for message in (Message("user", f"What is {turn + 2} times 2?"), Message("assistant", f"It is {2 * turn + 4}."))
+    )
+
+
+_QUESTION = Message("user", "And what is the capital of France?")
+
+CONVERSATIONS: tuple[tuple[Message, ...], ...] = (
+    (_QUESTION,),
+    (*_said(1), _QUESTION),
+    (Message("system", "Answer in one word."), _QUESTION),
+    (Message("system", "Answer in one word."), *_said(3), _QUESTION),
+)
+"""Each ends with a question: prompts are compared. One branch of a template may be wrong where another is right."""
+
+
+def render(template: ChatTemplate, messages: Sequence[Message], *, ask: bool = True) -> str | None:
+    """A conversation in the template; with `ask`, with what an answer begins with. None if the template refuses it."""
     try:
-        return template.render(conversation_messages(turns, ask=ask), add_generation_prompt=ask)
+        return template.render(list(messages), add_generation_prompt=ask)
     except TemplateRefusal:
         return None
 
 
-def conversation_messages(turns: int, *, ask: bool) -> list[Message]:
-    said = [
-        message
-        for turn in range(turns)
-        for message in (
-            Message("user", f"What is {turn + 2} times 2?"),
-            Message("assistant", f"It is {2 * turn + 4}."),
-        )
-    ]
-    return [*said, Message("user", "And what is the capital of France?")] if ask else said
-
-
-def text_sequences(tokenizer: Tokenizer, vocabulary: int) -> list[Sequence_]:
-    """Every fourth text or so, tokenised, as far as the model has the ids."""
+def text_sequences(tokenizer: Tokenizer, vocabulary: int, context: int) -> list[Sequence_]:
+    """Every fourth text or so, tokenised, as far as the model has the ids and the room."""
     chosen = TEXTS[:: len(TEXTS) // SCORED_TEXTS][:SCORED_TEXTS]
-    found = [tuple(tokenizer.encode(text, special=True)) for text in chosen]
-    return [
-        Sequence_(ids, np.zeros(len(ids), dtype=np.bool_)) for ids in found if len(ids) > 1 and max(ids) < vocabulary
-    ]
+    found = [tuple(tokenizer.encode(text, special=True))[:context] for text in chosen]
+    return [Sequence_(ids, _none(len(ids))) for ids in found if len(ids) > 1 and max(ids) < vocabulary]
 
 
-def row_sequences(rows: Iterable[TokenRow], tokens: int) -> list[Sequence_]:
-    """Rows, cut to LONGEST, until there are so many tokens; rows of which nothing scored is left are passed over."""
+def row_sequences(rows: Iterable[TokenRow], tokens: int, context: int) -> list[Sequence_]:
+    """Rows, until there are so many tokens: of a long one, LONGEST tokens around where its answer begins."""
+    longest = min(LONGEST, context)
     found: list[Sequence_] = []
     for row in rows:
-        ids, scored = row.ids[:LONGEST], row.supervised[:LONGEST]
-        if len(ids) < 2 or not scored[1:].any():
+        places = np.flatnonzero(row.supervised[1:]) + 1
+        if not len(places):
             continue
+        begin = max(0, min(int(places[0]) - longest // 2, len(row.ids) - longest))
+        ids, scored = row.ids[begin : begin + longest], row.supervised[begin : begin + longest]
         found.append(Sequence_(tuple(int(token) for token in ids), np.asarray(scored, dtype=np.bool_)))
         tokens -= len(ids)
         if tokens <= 0:
@@ -88,7 +111,21 @@ def row_sequences(rows: Iterable[TokenRow], tokens: int) -> list[Sequence_]:
     return found
 
 
+def long_sequence(sequences: Sequence[Sequence_], parameters: int, context: int) -> Sequence_ | None:
+    """The others one after the other, again and again, up to the model's context; None if they are as long."""
+    length = min(context, LONG if parameters <= LARGE else LONG_LARGE)
+    ids = [token for sequence in sequences for token in sequence.ids]
+    if length <= LONGEST or not ids:
+        return None
+    repeated = (ids * (length // len(ids) + 1))[:length]
+    return Sequence_(tuple(repeated), _none(length))
+
+
 def row_tokens(parameters: int) -> int:
     """How many tokens of rows are compared: as many as about 15 TFLOP pay for (two per parameter and token), between
     512 and 2048. A laptop of 200 GFLOP/s then needs some minutes for an 8B model."""
     return int(min(2048, max(512, 1.5e13 / (2 * max(parameters, 1)))))
+
+
+def _none(length: int) -> npt.NDArray[np.bool_]:
+    return np.zeros(length, dtype=np.bool_)

@@ -7,25 +7,26 @@ reference is what takes the time.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from finetune.data.conversation import Message
 from finetune.data.store import TokenRow
 from finetune.data.template import ChatTemplate
 from finetune.data.tokenizer import Tokenizer
 from finetune.export.source import Model
-from finetune.export.verify.metrics import Distance, Logits, distance, gap, joined, losses
+from finetune.export.verify.asked import Artifact, Asked, ask
+from finetune.export.verify.metrics import Distance, Logits, Shift, distance, gap, joined, losses, shift
 from finetune.export.verify.probes import (
+    CONVERSATIONS,
+    FAR,
+    LONG,
     Sequence_,
-    conversation,
-    conversation_messages,
-    probe_texts,
+    long_sequence,
+    render,
     row_sequences,
     row_tokens,
     text_sequences,
@@ -42,32 +43,6 @@ OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
 
-class Artifact(Protocol):
-    """What was exported, ready to run."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def precision(self) -> str:
-        """How its matrices are stored: what decides how near it must be (`verdict.LIMITS`)."""
-
-    def tokenize(self, text: str) -> list[int]:
-        """The ids of a text as it stands, special tokens in it read as such."""
-
-    def logits(self, sequences: Sequence[Sequence[int]]) -> list[Logits]:
-        """(tokens, vocabulary) for each sequence."""
-
-    def greedy(self, ids: Sequence[int], max_tokens: int) -> list[int] | None:
-        """The most likely continuation up to a token that ends an answer; None if it would take too long to ask."""
-
-    def ends(self, token: int) -> bool:
-        """Whether it stops at this token by itself."""
-
-    def prompt(self, messages: Sequence[Message]) -> str | None:
-        """The prompt it makes of a conversation with the template inside it; None if it has none."""
-
-
 @dataclass(frozen=True)
 class Subject:
     """What was trained, and on what it is shown."""
@@ -80,7 +55,7 @@ class Subject:
     """Tokens that end an answer; the one that training put there comes first."""
     rows: Sequence[TokenRow]
     rows_are: str
-    """"held-out" or "training"."""
+    """"held-out", "training" or "no"."""
     nf4: bool
     """Whether training held the base in NF4."""
     onto: str
@@ -94,18 +69,15 @@ class Measured:
 
     name: str
     precision: str
-    texts: int
-    different: list[str] = field(default_factory=list)
-    """Texts with other token ids than in training, for no known reason."""
-    normalised: int = 0
-    """Texts whose ids are those of training only once they are in Unicode's composed form (NFC)."""
-    prompt_as_trained: bool | None = None
-    ends: bool = False
+    asked: Asked
     apart: Distance = field(default_factory=lambda: joined([]))
     """From what it was made of: the adapter on the stored base, or on the NF4 base."""
     apart_on_rows: Distance = field(default_factory=lambda: joined([]))
+    apart_far: Distance | None = None
+    """The same at the end of a long sequence."""
     apart_from_training: Distance | None = None
     """From the adapter on the base that training saw, where that is another."""
+    shift: Shift = field(default_factory=Shift)
     perplexity: float | None = None
     answers: int = 0
     stopped: int = 0
@@ -126,9 +98,12 @@ class Reference:
     """Whether the model routes tokens to experts."""
     positions: int = 0
     sequences: int = 0
+    long: int = 0
+    """Tokens of the long sequence; 0 without one."""
     perplexity: dict[str, float] = field(default_factory=dict)
     """Of "base", "stored" and, where training quantised, "nf4"."""
     base_apart: Distance = field(default_factory=lambda: joined([]))
+    """The base from the adapter on it."""
     base_apart_on_rows: Distance = field(default_factory=lambda: joined([]))
     merges_apart: Distance | None = None
     """The adapter on the stored base, from the adapter on the base that training saw."""
@@ -138,71 +113,83 @@ def measure(
     subject: Subject, artifacts: Sequence[Artifact], on_progress: OnProgress
 ) -> tuple[Reference, list[Measured]]:
     """Compare. Raises what the artifacts and the files raise; judges nothing."""
-    trained = StreamedModel(subject.base, subject.adapter, device=subject.device)
-    seen = None
-    if subject.nf4 or subject.onto == "nf4":
-        seen = StreamedModel(subject.base, subject.adapter, device=subject.device, nf4=True)
+    models = _References(subject)
     parameters = sum(int(np.prod(info.shape)) for info in subject.base.weights.tensors.values())
-    sequences = text_sequences(subject.tokenizer, trained.vocabulary)
-    sequences += row_sequences(subject.rows, row_tokens(parameters))
-    found = [_ask(subject, artifact, on_progress) for artifact in artifacts]
-    prompts = _prompts(subject, sequences)
-    answers = [_answers(artifact, prompts, sequences, on_progress) for artifact in artifacts]
-    reference = Reference(subject.onto, subject.rows_are, any(key in subject.base.config for key in _EXPERTS))
-    collected = _Collected(len(artifacts))
+    sequences = text_sequences(subject.tokenizer, models.vocabulary, models.context)
+    sequences += row_sequences(subject.rows, row_tokens(parameters), models.context)
+    long = long_sequence(sequences, parameters, models.context)
+    prompts = _prompts(subject, sequences, models.context)
+    found, answers = [], []
+    for number, artifact in enumerate(artifacts):
+        on_progress("asking", number, len(artifacts))
+        asked = ask(artifact, subject.tokenizer, subject.template, subject.stop_ids)
+        found.append(Measured(artifact.name, artifact.precision, asked))
+        answers.append(_answers(artifact, prompts, sequences))
+        artifact.finish_asking()
+    mixture = any(key in subject.base.config for key in _EXPERTS)
+    reference = Reference(subject.onto, subject.rows_are, mixture, long=len(long.ids) if long else 0)
+    collected = _Collected(subject, len(artifacts))
+    own = _owned(answers)
     done = 0
-    for group in groups([sequence.ids for sequence in sequences], trained.vocabulary):
-        some = [sequences[index] for index in group]
-        ids = [sequence.ids for sequence in some]
+    for group in groups([sequence.ids for sequence in sequences], models.vocabulary):
         on_progress("comparing", done, len(sequences))
-        logits = {"stored": trained.logits(ids)}
-        with trained.without_adapter():
-            logits["base"] = trained.logits(ids)
-        if seen is not None:
-            logits["nf4"] = seen.logits(ids)
-        own = _owned(answers)
+        ids = [sequences[index].ids for index in group]
+        logits = models.logits(ids)
         shared = [line for line, index in enumerate(group) if index not in own]
         theirs = [artifact.logits([ids[line] for line in shared]) for artifact in artifacts] if shared else []
         for place, line in enumerate(shared):
-            rows = {who: found[line] for who, found in logits.items()}
-            collected.take(sequences[group[line]], rows, subject.onto, [found[place] for found in theirs])
+            rows = {who: of[line] for who, of in logits.items()}
+            collected.take(sequences[group[line]], rows, [of[place] for of in theirs])
         for line, index in enumerate(group):
             for number, answer in own.get(index, ()):
                 _judge_answer(found[number], logits[subject.onto][line], sequences[index], answer)
         done += len(group)
-    on_progress("comparing", done, len(sequences))
     collected.finish(reference, found)
+    if long is not None:
+        on_progress("far from the beginning", 0, 1)
+        (expected,) = models.merged.logits([long.ids], last=FAR)
+        for artifact, measured in zip(artifacts, found, strict=True):
+            measured.apart_far = distance(expected, artifact.far_logits(long.ids, FAR))
     return reference, found
 
 
-def _ask(subject: Subject, artifact: Artifact, on_progress: OnProgress) -> Measured:
-    """What needs no reference model: token ids, the prompt, what ends an answer."""
-    texts = probe_texts(subject.template)
-    measured = Measured(artifact.name, artifact.precision, len(texts))
-    for done, text in enumerate(texts):
-        on_progress("token ids", done, len(texts))
-        ours = subject.tokenizer.encode(text, special=False)
-        if artifact.tokenize(text) == ours:
-            continue
-        composed = unicodedata.normalize("NFC", text)
-        if composed != text and artifact.tokenize(composed) == ours:
-            measured.normalised += 1
-        else:
-            measured.different.append(text)
-    asked = conversation(subject.template, 1, ask=True)
-    if asked is not None:
-        theirs = artifact.prompt(conversation_messages(1, ask=True))
-        measured.prompt_as_trained = theirs == asked
-    measured.ends = all(artifact.ends(token) for token in subject.stop_ids[:1])
-    return measured
+def needed_context(subject: Subject) -> int:
+    """How many tokens of context an artifact needs for all that it will be asked."""
+    prompts = _conversation_ids(subject)
+    return max([LONG, *(len(prompt) + ANSWER_TOKENS + 8 for prompt in prompts)])
 
 
-def _prompts(subject: Subject, sequences: Sequence[Sequence_]) -> list[tuple[int, ...]]:
-    prompts = [sequence.prompt for sequence in sequences if sequence.prompt]
-    asked = conversation(subject.template, 1, ask=True)
-    if not prompts and asked is not None:
-        prompts = [tuple(subject.tokenizer.encode(asked, special=False))]
-    return [prompt for prompt in dict.fromkeys(prompts) if prompt][:ANSWERS]
+class _References:
+    """The models in PEFT that artifacts are compared with."""
+
+    def __init__(self, subject: Subject) -> None:
+        stored = StreamedModel(subject.base, subject.adapter, device=subject.device)
+        self._models = {"stored": stored}
+        if subject.nf4 or subject.onto == "nf4":
+            self._models["nf4"] = StreamedModel(subject.base, subject.adapter, device=subject.device, nf4=True)
+        self.merged = self._models[subject.onto]
+        self.vocabulary, self.context = stored.vocabulary, stored.context
+
+    def logits(self, ids: Sequence[Sequence[int]]) -> dict[str, list[Logits]]:
+        """Of "stored", "nf4" where there is one, and "base": the one that was merged onto, without the adapter."""
+        found = {who: model.logits(ids) for who, model in self._models.items()}
+        with self.merged.without_adapter():
+            found["base"] = self.merged.logits(ids)
+        return found
+
+
+def _conversation_ids(subject: Subject) -> list[tuple[int, ...]]:
+    if subject.template is None:
+        return []
+    texts = [render(subject.template, messages) for messages in CONVERSATIONS]
+    return [tuple(subject.tokenizer.encode(text, special=False)) for text in texts if text]
+
+
+def _prompts(subject: Subject, sequences: Sequence[Sequence_], context: int) -> list[tuple[int, ...]]:
+    """Of rows, where there are some; else conversations in the template."""
+    prompts = [sequence.prompt for sequence in sequences if sequence.prompt] or _conversation_ids(subject)
+    room = context - ANSWER_TOKENS - 1
+    return [prompt for prompt in dict.fromkeys(prompts) if prompt and len(prompt) <= room][:ANSWERS]
 
 
 @dataclass(frozen=True)
@@ -212,13 +199,10 @@ class _Answer:
     stopped: bool
 
 
-def _answers(
-    artifact: Artifact, prompts: Sequence[tuple[int, ...]], sequences: list[Sequence_], on_progress: OnProgress
-) -> dict[int, _Answer]:
+def _answers(artifact: Artifact, prompts: Sequence[tuple[int, ...]], sequences: list[Sequence_]) -> dict[int, _Answer]:
     """Let an artifact continue the prompts, and append what comes out to the sequences. Index → the answer."""
     answers: dict[int, _Answer] = {}
-    for done, prompt in enumerate(prompts):
-        on_progress("answers", done, len(prompts))
+    for prompt in prompts:
         written = artifact.greedy(prompt, ANSWER_TOKENS)
         if written is None:
             return {}
@@ -251,21 +235,22 @@ def _judge_answer(measured: Measured, logits: Logits, sequence: Sequence_, answe
 class _Collected:
     """What the passes leave behind, per pair of models."""
 
-    def __init__(self, artifacts: int) -> None:
-        self.sequences = 0
+    def __init__(self, subject: Subject, artifacts: int) -> None:
+        self._subject = subject
         self.apart: list[list[Distance]] = [[] for _ in range(artifacts)]
         self.apart_on_rows: list[list[Distance]] = [[] for _ in range(artifacts)]
         self.from_training: list[list[Distance]] = [[] for _ in range(artifacts)]
         self.losses: list[list[np.ndarray[Any, Any]]] = [[] for _ in range(artifacts)]
+        self.shifts = [Shift() for _ in range(artifacts)]
         self.base: list[Distance] = []
         self.base_on_rows: list[Distance] = []
         self.merges: list[Distance] = []
         self.reference_losses: dict[str, list[np.ndarray[Any, Any]]] = {}
 
-    def take(self, sequence: Sequence_, logits: dict[str, Logits], onto: str, artifacts: Sequence[Logits]) -> None:
-        self.sequences += 1
+    def take(self, sequence: Sequence_, logits: dict[str, Logits], artifacts: Sequence[Logits]) -> None:
+        merged = logits[self._subject.onto]
         row = bool(sequence.scored.any())
-        self.base.append(distance(logits[onto], logits["base"]))
+        self.base.append(distance(merged, logits["base"]))
         if row:
             self.base_on_rows.append(self.base[-1])
             for who, of in logits.items():
@@ -273,21 +258,24 @@ class _Collected:
         if "nf4" in logits:
             self.merges.append(distance(logits["nf4"], logits["stored"]))
         for number, found in enumerate(artifacts):
-            self.apart[number].append(distance(logits[onto], found))
+            self.apart[number].append(distance(merged, found))
+            self.shifts[number] += shift(merged, logits["base"], found)
             if row:
                 self.apart_on_rows[number].append(self.apart[number][-1])
                 self.losses[number].append(losses(found, sequence.ids, sequence.scored))
-            if "nf4" in logits and onto != "nf4":
-                self.from_training[number].append(distance(logits["nf4"], found))
+            if self._subject.nf4 != (self._subject.onto == "nf4"):
+                trained = logits["nf4" if self._subject.nf4 else "stored"]
+                self.from_training[number].append(distance(trained, found))
 
     def finish(self, reference: Reference, found: Sequence[Measured]) -> None:
-        reference.sequences = self.sequences
+        reference.sequences = len(self.base)
         reference.base_apart, reference.base_apart_on_rows = joined(self.base), joined(self.base_on_rows)
         reference.positions = len(reference.base_apart.divergence)
         reference.merges_apart = joined(self.merges) if self.merges else None
         reference.perplexity = {who: _perplexity(parts) for who, parts in self.reference_losses.items()}
         for number, measured in enumerate(found):
             measured.apart, measured.apart_on_rows = joined(self.apart[number]), joined(self.apart_on_rows[number])
+            measured.shift = self.shifts[number]
             if self.from_training[number]:
                 measured.apart_from_training = joined(self.from_training[number])
             if self.losses[number]:

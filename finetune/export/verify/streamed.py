@@ -8,12 +8,13 @@ the model's own mathematics is rewritten, and nothing of the merge's is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import ExportError
+from finetune.errors import BaseError, ExportError
 from finetune.export.experts import stacked
 from finetune.export.nf4 import nf4_round_trip, quantised_modules
 from finetune.export.renaming import EMBEDDINGS, OUTPUT_LAYERS, renaming
@@ -51,11 +52,17 @@ class StreamedModel:
             if id(hole) in self._holes
         }
         self._rename = renaming(modules, model.weights.tensors)
+        self.context = _context(model.config)
+        """The longest sequence that it was made for, in tokens."""
+        self._can_keep_few = "logits_to_keep" in inspect.signature(self._plain().forward).parameters
         self.vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
         self._add_hooks()
 
-    def logits(self, sequences: Sequence[Sequence[int]]) -> list[numpy.ndarray[Any, Any]]:
-        """One pass: (tokens, vocabulary) float32 for each sequence. `groups` says how much goes into a pass."""
+    def logits(self, sequences: Sequence[Sequence[int]], *, last: int | None = None) -> list[numpy.ndarray[Any, Any]]:
+        """One pass: (tokens, vocabulary) float32 for each sequence, of its `last` tokens if that is given.
+
+        `groups` says how much goes into a pass. `last` is for one sequence alone, or for ones of equal length.
+        """
         import torch
 
         width = max(map(len, sequences))
@@ -66,10 +73,16 @@ class StreamedModel:
             ids[line, : len(sequence)] = torch.tensor(list(sequence))
             mask[line, : len(sequence)] = 1
         with torch.inference_mode():
+            keep = {"logits_to_keep": last} if last and self._can_keep_few else {}
             output = self._model(
-                input_ids=ids.to(self._device), attention_mask=mask.to(self._device), use_cache=False
+                input_ids=ids.to(self._device), attention_mask=mask.to(self._device), use_cache=False, **keep
             ).logits
+        if last is not None:
+            return [row[-last:].float().cpu().numpy() for row in output]
         return [output[line, : len(sequence)].float().cpu().numpy() for line, sequence in enumerate(sequences)]
+
+    def _plain(self) -> Any:
+        return self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -83,10 +96,14 @@ class StreamedModel:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         values = {key: value for key, value in self._source.config.items() if key not in _NOT_FOR_A_COPY}
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
-        with init_empty_weights(include_buffers=False):
-            # Eager attention is the one that every model's own code defines; the others leave soft capping out.
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        try:
+            config = AutoConfig.for_model(values.pop("model_type"), **values)
+            with init_empty_weights(include_buffers=False):
+                # Eager attention is the one that every model's own code defines; the others leave soft capping out.
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        except Exception as error:  # transformers raises KeyError, ValueError, TypeError and its validators' own
+            place = str(self._source.place / "config.json")
+            raise BaseError(f"no model can be made of this configuration: {error}", place=place) from error
         self._holes = _leave_holes(model, set() if adapter is None else _saved_beside(adapter))
         if adapter is not None:
             from peft import PeftModel
@@ -150,7 +167,8 @@ class StreamedModel:
         module, _, leaf = _without_peft(name).rpartition(".")
         disk = f"{self._rename(module)}.{leaf}"
         tensors = self._source.weights.tensors
-        if disk not in tensors and module.endswith(OUTPUT_LAYERS):  # a tied one is not stored twice
+        tied = self._plain().config.get_text_config().tie_word_embeddings
+        if disk not in tensors and tied and module.endswith(OUTPUT_LAYERS):  # it is not stored twice
             disk = next((one for one in tensors if one.endswith(tuple(f"{e}.weight" for e in EMBEDDINGS))), disk)
         stored = self._source.weights.read(disk).float() if disk in tensors else self._experts(disk)
         return nf4_round_trip(stored) if leaf == "weight" and module in self._quantised else stored
@@ -182,6 +200,13 @@ def groups(sequences: Sequence[Sequence[int]], vocabulary: int) -> Iterator[list
 
 _NOT_FOR_A_COPY = ("auto_map", "quantization_config", "dtype", "torch_dtype")
 """Keys that would run remote code, or say how somebody else loads the weights."""
+
+
+def _context(config: Mapping[str, Any]) -> int:
+    """Tokens that a model was made for; as good as unlimited where its configuration does not say."""
+    stated = [config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length")]
+    return min((value for value in stated if isinstance(value, int) and value > 0), default=2**30)
+
 
 _ADDED_BY_PEFT = ("base_layer", "original_module", "token_adapter")
 
