@@ -103,7 +103,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     settings = _read_json(folder / "tokenizer_config.json")
-    _as_transformers_loads_it(backend, settings)
+    _as_transformers_loads_it(backend, settings, _read_json(folder / "config.json"))
     special: dict[str, str] = {}
     for name in SPECIAL_NAMES:
         value = settings.get(name)
@@ -113,16 +113,28 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(backend, special, _chat_template(folder, settings), folder)
 
 
-def _as_transformers_loads_it(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
+# -- what transformers makes of tokenizer.json --------------------------------------------------------------------
+
+_QWEN = "Qwen2Tokenizer"
+_UNSTATED = {"qwen2_moe": _QWEN, "qwen3": _QWEN, "qwen3_moe": _QWEN, "gpt_neox": "GPTNeoXTokenizer"}
+"""The class that a model type has where no file names one."""
+
+_AS_WRITTEN = frozenset({"mistral", "mixtral", "phi3"})
+"""Model types whose tokenizer.json is taken as it is, whatever class is named beside it."""
+
+
+def _as_transformers_loads_it(backend: tokenizers.Tokenizer, settings: dict[str, Any], config: dict[str, Any]) -> None:
     """Some of transformers' classes (5.23) overrule parts of tokenizer.json; whoever runs the model gets theirs.
 
-    Qwen2Tokenizer normalises to NFC. LlamaTokenizer (Llama 2, TinyLlama, Mistral) puts a space before the whole text
-    where `legacy` is false or not set, and after every special token where it is true, whatever the file says.
+    Qwen2Tokenizer and GPTNeoXTokenizer normalise to NFC. LlamaTokenizer (Llama 2, TinyLlama) puts a space before the
+    whole text where `legacy` is false or not set, and after every special token where it is true, whatever the file
+    says. Where a class would cut text into other words than tokenizer.json (GPT2Tokenizer in SmolLM and Phi-4, which
+    forgets about digits), the file is right: the model was pre-trained with it.
     """
     from tokenizers import normalizers, pre_tokenizers
 
-    name = str(settings.get("tokenizer_class", "")).removesuffix("Fast")
-    if name == "Qwen2Tokenizer" and backend.normalizer is None:
+    name = _class_name(backend, settings, config)
+    if name in (_QWEN, "GPTNeoXTokenizer") and backend.normalizer is None:
         backend.normalizer = normalizers.NFC()
     if name == "LlamaTokenizer":
         prepend = "always" if settings.get("legacy") else "first"
@@ -131,6 +143,28 @@ def _as_transformers_loads_it(backend: tokenizers.Tokenizer, settings: dict[str,
         # The library's stubs say that None is not allowed here, but it is how a normalizer is taken away.
         backend.normalizer = None  # type: ignore[assignment,unused-ignore]
         backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=prepend, split=False)
+
+
+def _class_name(backend: tokenizers.Tokenizer, settings: dict[str, Any], config: dict[str, Any]) -> str | None:
+    """The class that AutoTokenizer chooses, without `Fast`; None where it takes tokenizer.json as it is.
+
+    Source: `AutoTokenizer.from_pretrained` and the tables of `tokenization_auto.py`, for the model types that can be
+    exported. DeepSeek's R1 distills are why the class alone does not decide: all say LlamaTokenizerFast, over the
+    byte-level tokenizers of Qwen and Llama 3.
+    """
+    kind = config.get("model_type")
+    if kind == "qwen2":
+        return _QWEN
+    if kind in _AS_WRITTEN:
+        return None
+    stated = settings.get("tokenizer_class") or config.get("tokenizer_class") or _UNSTATED.get(str(kind))
+    name = str(stated).removesuffix("Fast")
+    return None if name == "LlamaTokenizer" and _is_byte_level(backend) else name
+
+
+def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    parts = (backend.pre_tokenizer, backend.decoder)
+    return any(b'"ByteLevel"' in part.__getstate__() for part in parts if part is not None)
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:

@@ -53,6 +53,10 @@ def _edit_tensors(model: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}  # fmt: skip
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "another architecture": ({"architectures": ["MambaForCausalLM"]}, "its architecture is MambaForCausalLM"),
     "none stated": ({"architectures": None}, "not stated"),
@@ -60,6 +64,32 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a rope that is not known": (
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
         "rope type 'dynamic'",
+    ),
+    "one architecture": ({"architectures": "LlamaForCausalLM"}, "`architectures` is not a list of names"),
+    "architectures in lists": ({"architectures": [["LlamaForCausalLM"]]}, "`architectures` is not a list of names"),
+    "no key heads": ({"num_key_value_heads": 0}, "its `num_key_value_heads` is 0, not a whole number from 1"),
+    "a length below nothing": ({"max_position_embeddings": -1}, "its `max_position_embeddings` is -1"),
+    "a length of 41 bits": ({"max_position_embeddings": 2**40}, "its `max_position_embeddings` is 1099511627776"),
+    "heads of a negative size": ({"head_dim": -8}, "its `head_dim` is -8"),
+    "a number of double precision": ({"rms_norm_eps": 1e300}, "its `rms_norm_eps` is 1e+300, not a number from 0 to"),
+    "a theta that is nothing": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": None}},
+        "`rope_theta` is No",
+    ),
+    "a theta that is a word": ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "`rope_theta` is 'x'"),
+    "a theta of 0": ({"rope_parameters": LLAMA3 | {"rope_theta": 0.0}}, "its `rope_theta` is 0.0"),
+    "llama3 without its factor": ({"rope_parameters": LLAMA3 | {"factor": None}}, "'llama3', but it has no `factor`"),
+    "llama3 from high to low": ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "is not below its `high_freq"),
+    "a text of 2**33 tokens": (
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 2.0**24,
+                "original_max_position_embeddings": 512,
+            }
+        },
+        "`llama.context_length` would be 8589934592",
     ),
     "more layers than there are": ({"num_hidden_layers": 6}, "`model.layers.5.input_layernorm.weight` is missing"),
     "untied, but without an output": ({"tie_word_embeddings": False}, "`lm_head.weight` is missing"),
@@ -92,7 +122,7 @@ def test_values_that_float16_cannot_hold(model: Path, value: float) -> None:
 def test_files_that_are_missing(model: Path) -> None:
     (model / "tokenizer.json").unlink()
     (model / "tokenizer_config.json").unlink()
-    _refused(model, "tokenizer cannot be loaded", BaseError)
+    _refused(model, "there is no tokenizer.json", BaseError)
     (model / "config.json").unlink()
     _refused(model, "no config.json", BaseError)
 
@@ -143,6 +173,47 @@ def test_tokenizers(model: Path, case: str) -> None:
     changes, words = SPECS[case]
     _edit_json(model / "tokenizer.json", lambda spec: spec.update(changes))
     _refused(model, words)
+
+
+def test_a_tokenizer_without_tokens(model: Path) -> None:
+    _edit_json(
+        model / "tokenizer.json", lambda spec: spec["model"].update(vocab={}, merges=[]) or spec.update(added_tokens=[])
+    )
+    _refused(model, "has no tokens")
+
+
+def test_a_tokenizer_without_its_token_for_the_unknown(model: Path) -> None:
+    """The library raises an exception of no kind when it meets a character that it does not know."""
+    _edit_json(model / "tokenizer.json", lambda spec: spec["model"].update(vocab={}, merges=[]))
+    _refused(model, "its tokenizer's token for the unknown, '<unk>', is not in its vocabulary")
+
+
+def test_a_byte_level_tokenizer_without_merges(model: Path) -> None:
+    """An array without elements is not written, and llama.cpp does not load a file without merges."""
+    from tokenizers import pre_tokenizers
+
+    vocab = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", *pre_tokenizers.ByteLevel.alphabet()])}
+    cuts = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    _edit_json(model / "tokenizer.json", lambda spec: spec["model"].update(vocab=vocab, merges=[]))
+    _edit_json(model / "tokenizer.json", lambda spec: spec.update(pre_tokenizer=cuts, normalizer=None))
+    _refused(model, "its tokenizer has no merges")
+
+
+def test_half_a_character_in_the_template(model: Path) -> None:
+    template = "{{ messages[0].content }}\ud800"
+    _edit_json(model / "tokenizer_config.json", lambda config: config.update({"chat_template": template}))
+    _refused(model, r"half a character in it ('\ud800')")
+
+
+def test_half_a_character_that_the_template_writes(model: Path) -> None:
+    (model / "chat_template.jinja").write_text(r"{{ messages[0].content }}{{ '\ud800' }}")
+    report = convert(open_model(model), model.parent / "out.gguf", quant="f16")
+    assert "the chat template did not render a sample conversation" in report.notes
+
+
+def test_a_token_to_end_with_that_there_is_not(model: Path) -> None:
+    _edit_json(model / "tokenizer_config.json", lambda config: config.update({"eos_token": "<new>"}))
+    _refused(model, "no token that ends a text (`eos_token` is '<new>', which is none of its tokens)")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from finetune.data.tokenizer import load_tokenizer
 from finetune.export.gguf import convert
 from finetune.export.source import open_model
 from finetune.llamacpp import LlamaCpp
@@ -117,6 +118,35 @@ def test_token_ids_are_the_same(assets: Path, make_llama: LlamaMaker, tmp_path: 
     assert differing == (["e\u0301 combining a\u0308\u0323"] if name == "qwen2" else [])
     assert [note for note in report.notes if "NFC" not in note] == []
     assert len(report.notes) == len(differing)
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts"),
+    [
+        ("GPT2Tokenizer", _sequence(SINGLE_DIGITS, BYTES | {"use_regex": True})),  # SmolLM
+        ("GPT2Tokenizer", LLAMA3),  # Phi-4
+        ("LlamaTokenizerFast", LLAMA3),  # DeepSeek-R1-Distill-Llama
+    ],
+)
+def test_token_ids_are_those_of_training_and_of_tokenizer_json(
+    assets: Path, make_llama: LlamaMaker, tmp_path: Path, name: str, cuts: dict[str, Any]
+) -> None:
+    """transformers 5 forgets about the cuts where the class is GPT2Tokenizer; training and tokenizer.json do not."""
+    from tokenizers import Tokenizer
+
+    tokenizer = _edited(assets / "tokenizers" / "gpt-2", tmp_path / "tokenizer", {"pre_tokenizer": cuts})
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text()) | {"tokenizer_class": name}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = make_llama(
+        tokenizer=tokenizer, vocab_size=ROWS["gpt-2"], num_hidden_layers=1, tie_word_embeddings=True, hidden_size=32
+    )
+    convert(open_model(model), tmp_path / "model.gguf", quant="f16")
+    trained, written = load_tokenizer(model), Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    with LlamaCpp(tmp_path / "model.gguf", context=128, gpu_layers=0, threads=1) as llama:
+        for text in [*PROBES, *_mixtures(tokenizer)]:
+            ids = trained.encode(text, special=False)
+            assert llama.tokenize(text) == ids, text
+            assert written.encode(text).ids == ids, text
 
 
 def test_a_real_models_token_ids_are_the_same(stories: Path, tmp_path: Path) -> None:

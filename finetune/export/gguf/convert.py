@@ -14,6 +14,7 @@ from finetune.errors import MissingExtraError
 from finetune.export.gguf.encode import Encoding, Piece, Quant, cut, encode_all, nbytes, require_encoders
 from finetune.export.gguf.families import family_of, load_config
 from finetune.export.gguf.family import Family, Metadata, PlannedTensor, plan
+from finetune.export.gguf.head import as_stored
 from finetune.export.gguf.mix import QUANTS, ModelShape, choose
 from finetune.export.gguf.tokenizer import read_tokenizer
 from finetune.export.partial import partial_file, refuse_existing, require_space
@@ -71,7 +72,8 @@ def convert(
         raise MissingExtraError("the GGUF format is not installed", hint='pip install "finetune[gguf]"')
     refuse_existing(out)
     config = load_config(model.config, model.place)
-    family = family_of(config, model.place)
+    config = as_stored(family_of(config, model.place), config, model.weights)
+    family = family_of(config, model.place)  # again: it may refuse an output head of its own
     planned = plan(family, config, model.weights)
     planned += [_computed(target, tensor) for target, tensor in family.extra(config).items()]
     vocabulary = next(tensor.shape[0] for tensor in planned if tensor.target == "token_embd.weight")

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from finetune.export.gguf.family import Config, Family, Metadata, Rule
 from finetune.export.gguf.llama import own_output
-from finetune.export.gguf.neox import activation_notes, activation_refusals, rope_refusals, split_groups
+from finetune.export.gguf.neox import activation_notes, activation_refusals, split_groups
+from finetune.export.gguf.rope import scaling_problems
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,8 @@ def _metadata(config: Config) -> Metadata:
 def _refusals(config: Config) -> list[str]:
     if config.alibi:
         return ["it knows positions by ALiBi, llama.cpp's Falcon by rotation"]
-    problems = [*activation_refusals(config.activation), *rope_refusals(config.rope_parameters)]
+    problems = activation_refusals(config.activation)
+    problems += scaling_problems(config.rope_parameters, ("default", "linear"))
     if not config.parallel_attn:
         problems.append("its feed-forward follows its attention (parallel_attn), in llama.cpp they are side by side")
     if config.bias:

@@ -9,6 +9,7 @@ from typing import Any
 from finetune.errors import BaseError, ExportError, Problem
 from finetune.export.gguf import falcon, gemma, llama, moe, neox, phi, qwen
 from finetune.export.gguf.family import Config, Family
+from finetune.export.gguf.numbers import config_problems, metadata_problems
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": llama.FAMILY,
@@ -43,13 +44,18 @@ def load_config(values: Mapping[str, Any], folder: Path) -> Config:
 
 
 def family_of(config: Config, folder: Path) -> Family:
-    """The family of a configuration. Raises ExportError if there is none, or llama.cpp would run it differently."""
+    """The family of a configuration. Raises ExportError if there is none, or llama.cpp would run it differently, or for
+    numbers that no model can have: after it, `metadata` and `extra` of the family can be asked."""
     place = str(folder / "config.json")
-    names = list(getattr(config, "architectures", None) or [])
+    names = getattr(config, "architectures", None) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ExportError("`architectures` is not a list of names", place=place)
     family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     if family is None:
         stated = ", ".join(names) or "not stated"
         raise ExportError(f"its architecture is {stated}; these can be converted: {', '.join(FAMILIES)}", place=place)
-    if problems := family.refusals(config):
-        raise ExportError([Problem(message, place) for message in problems])
+    # In this order: each reads what the one before has found to be in order.
+    for problems_of in (config_problems, family.refusals, lambda config: metadata_problems(family.metadata(config))):
+        if problems := problems_of(config):
+            raise ExportError([Problem(message, place) for message in problems])
     return family

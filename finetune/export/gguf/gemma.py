@@ -28,6 +28,7 @@ _LAYER, _BLOCK = "model.layers.{layer}.", "blk.{layer}."
 _SHARED = (
     Rule("model.embed_tokens.weight", "token_embd.weight"),
     Rule("model.norm.weight", "output_norm.weight", _plus_one),
+    Rule("lm_head.weight", "output.weight", when=own_output),  # in Gemma 2 it is refused
     Rule(f"{_LAYER}input_layernorm.weight", f"{_BLOCK}attn_norm.weight", _plus_one),
     Rule(f"{_LAYER}self_attn.q_proj.weight", f"{_BLOCK}attn_q.weight"),
     Rule(f"{_LAYER}self_attn.k_proj.weight", f"{_BLOCK}attn_k.weight"),
@@ -42,7 +43,6 @@ _SHARED = (
 )
 
 _GEMMA3_ONLY = (
-    Rule("lm_head.weight", "output.weight", when=own_output),
     Rule(f"{_LAYER}self_attn.q_norm.weight", f"{_BLOCK}attn_q_norm.weight", _plus_one),
     Rule(f"{_LAYER}self_attn.k_norm.weight", f"{_BLOCK}attn_k_norm.weight", _plus_one),
 )

@@ -125,7 +125,7 @@ def unused_tensors(config: Config) -> Sequence[str]:
     """What may lie in the files although the model does not read it."""
     unused = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]  # a table that old files carry along
     if not own_output(config):
-        unused.append(r"lm_head\.weight")  # transformers uses the embedding in its place, stored or not
+        unused.append(r"lm_head\.weight")  # equal to the embedding, or it would not be tied (`head.py`)
     return unused
 
 

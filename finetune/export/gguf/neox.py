@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from finetune.export.gguf.family import Config, Family, Metadata, Rule
 from finetune.export.gguf.llama import own_output
+from finetune.export.gguf.rope import scaling_problems
 
 if TYPE_CHECKING:
     import torch
@@ -42,12 +43,6 @@ def activation_notes(config: Config) -> Sequence[str]:
     return [
         "llama.cpp approximates its activation (gelu); where two tokens are almost as likely, it may take the other"
     ]
-
-
-def rope_refusals(rope: dict[str, object]) -> list[str]:
-    """What cannot be said about rotary positions in the files of the families that rotate in halves without factors."""
-    kind = rope["rope_type"]
-    return [] if kind in ("default", "linear") else [f"its rope type {kind!r} cannot be converted yet"]
 
 
 def _split_heads(weight: torch.Tensor, config: Config) -> torch.Tensor:
@@ -106,7 +101,10 @@ def _metadata(config: Config) -> Metadata:
 
 
 def _refusals(config: Config) -> list[str]:
-    problems = [*activation_refusals(config.hidden_act), *rope_refusals(config.rope_parameters)]
+    problems = [
+        *activation_refusals(config.hidden_act),
+        *scaling_problems(config.rope_parameters, ("default", "linear")),
+    ]
     if not config.attention_bias:
         problems.append("its attention has no biases, llama.cpp's has")
     if _rotated(config) % 2 or not _rotated(config):

@@ -75,10 +75,9 @@ def _refusals(config: Config) -> Sequence[str]:
         problems.append("its query heads are not a multiple of its key heads")
     if _rotated(config) % 2 or not 0 < _rotated(config) <= _head_dim(config):
         problems.append(f"it rotates {_rotated(config)} of the {_head_dim(config)} dimensions of each head")
-    if _is_long(config) and not (
-        config.rope_parameters.get("long_factor") and config.rope_parameters.get("short_factor")
-    ):
-        problems.append("its rope type is 'longrope', but it has no `long_factor` or no `short_factor`")
+    for name in ("long_factor", "short_factor") if _is_long(config) else ():
+        if len(config.rope_parameters.get(name) or []) != _rotated(config) // 2:
+            problems.append(f"its rope type is 'longrope', but it has no `{name}` of {_rotated(config) // 2} numbers")
     return [*problems, *scaling_problems(config.rope_parameters, ("default", "longrope"))]
 
 

@@ -58,6 +58,8 @@ def scaling_problems(rope: Mapping[str, Any], known: Sequence[str]) -> list[str]
     problems = []
     if kind in ("linear", "yarn") and not (rope.get("factor") or 0) > 0:
         problems.append(f"its rope type is {kind!r}, but it has no `factor`")
+    if kind == "llama3":
+        problems += _llama3_problems(rope)
     if kind in ("yarn", "longrope") and not (rope.get("original_max_position_embeddings") or 0) > 1:
         problems.append(f"its rope type is {kind!r}, but it has no `original_max_position_embeddings`")
     if kind == "yarn" and ((rope.get("beta_fast") or 32) != 32 or (rope.get("beta_slow") or 1) != 1):
@@ -65,6 +67,16 @@ def scaling_problems(rope: Mapping[str, Any], known: Sequence[str]) -> list[str]
     if kind == "yarn" and not rope.get("truncate", True):
         problems.append("its YaRN does not round its borders (truncate), llama.cpp's does")
     return problems
+
+
+def _llama3_problems(rope: Mapping[str, Any]) -> list[str]:
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [name for name in names if not rope.get(name)]
+    if missing:
+        return [f"its rope type is 'llama3', but it has no `{name}`" for name in missing]
+    if rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        return ["its `low_freq_factor` is not below its `high_freq_factor`"]
+    return []
 
 
 def scaling_keys(rope: Mapping[str, Any]) -> Metadata:

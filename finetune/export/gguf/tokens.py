@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finetune.data.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """`tokenizer.ggml.token_type`, from the enum `llama_token_type` of llama.h."""
@@ -57,7 +60,7 @@ def mark_bytes(tokens: list[str], types: list[int]) -> list[int]:
     return [BYTE if kind == NORMAL and token in names else kind for token, kind in zip(tokens, types, strict=True)]
 
 
-def hide_lookalikes(tokens: list[str], types: list[int], tokenizer: Any) -> list[str]:
+def hide_lookalikes(tokens: list[str], types: list[int], trained: Tokenizer) -> list[str]:
     """Give ordinary tokens that llama.cpp would take for special ones another text, where no text leads to them.
 
     Qwen's vocabulary has `</s>` from merges that its own way of cutting words never makes; llama.cpp would read it in a
@@ -66,7 +69,7 @@ def hide_lookalikes(tokens: list[str], types: list[int], tokenizer: Any) -> list
     hidden = list(tokens)
     for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
         if kind == NORMAL and token in _READ_AS_SPECIAL:
-            reached = tokenizer(token, add_special_tokens=False)["input_ids"] == [index]
+            reached = trained.encode(token, special=False) == [index]
             hidden[index] = token if reached else f"[UNREACHED{index}]"
     return hidden
 

@@ -17,9 +17,11 @@ def sample_conversation(tokenizer: Any) -> str | None:
     if not tokenizer.chat_template:
         return None
     try:
-        return str(tokenizer.apply_chat_template(turns + turns, tokenize=False, add_generation_prompt=False))
+        text = str(tokenizer.apply_chat_template(turns + turns, tokenize=False, add_generation_prompt=False))
+        text.encode("utf-8")  # half a character, which a template can write, is no text
     except Exception:  # a template is a program: it may raise whatever it likes
         return None
+    return text
 
 
 def end_of_turn(conversation: str, added_tokens: list[str]) -> str | None:
