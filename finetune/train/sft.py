@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -218,7 +219,15 @@ def _save_adapter(model: PeftModel, data: PreparedData, run: RunFolder) -> None:
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """The base's tokenizer files, as they are."""
+    """The base's tokenizer files, with tokenizer.json as it was trained with and a class that takes it as it is.
+
+    Of other classes transformers makes other things by config.json's model type, which is not here.
+    """
     for name in TOKENIZER_FILES:
         if (tokenizer.folder / name).is_file():
             shutil.copyfile(tokenizer.folder / name, folder / name)
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    settings.pop("auto_map", None)
+    write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
