@@ -95,7 +95,7 @@ def _write_folder(run: RunFolder, wishes: Wishes, console: Console) -> None:
             _require_proof(run, config, base, [Exported("merged", run.merged, "")], _onto(wishes, config), console)
         console.say(f"merged: {run.merged} (from before; proven)")
     else:
-        console.say(f"merged: {run.merged} (from before)")
+        console.say(f"merged: {run.merged} (from before{'; proven' if wishes.verify else ''})")
     console.say(f"next: {run.merged} loads with transformers, vLLM and mlx-lm")
     console.say(f"      {_adapter_in_vllm(run)}")
 
