@@ -49,7 +49,14 @@ def add_adapter(config: Config, loaded: LoadedModel) -> PeftModel:
         bias="none",
     )
     torch.manual_seed(config.train.seed)
-    model = get_peft_model(loaded.model, lora)
+    try:
+        model = get_peft_model(loaded.model, lora)
+    except ValueError as error:
+        dropout = "lora_dropout" in str(error)
+        raise ConfigError(
+            f"{'lora.dropout' if dropout else 'lora'}: PEFT cannot put this adapter on {config.base}: {error}",
+            hint="set lora.dropout to 0, or name lora.targets without the experts" if dropout else "see lora.targets",
+        ) from error
     # What the adapter says of its base must hold on another machine: the Hub id, not the folder of this one's cache.
     active = model.peft_config["default"]
     active.base_model_name_or_path, active.revision = config.base, config.revision
