@@ -36,7 +36,7 @@ def load_base(config: Config, folder: Path, hardware: Hardware) -> LoadedModel:
             dtype=hardware.torch_dtype(),
             quantization_config=_quantization(config, hardware),
             device_map={"": 0 if hardware.device == "cuda" else "cpu"},
-            attn_implementation="sdpa",
+            attn_implementation=_attention(folder),
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
@@ -61,6 +61,18 @@ def load_base(config: Config, folder: Path, hardware: Hardware) -> LoadedModel:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return LoadedModel(model, hardware)
+
+
+def _attention(folder: Path) -> str:
+    """torch's fused attention, or the model's own where that cannot do what the model needs (Gemma 2 caps its scores).
+
+    Both keep packed rows apart (tests/train/test_batches.py).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return "sdpa" if model_class is None or model_class._supports_sdpa else "eager"
 
 
 def _quantization(config: Config, hardware: Hardware) -> Any:
