@@ -148,6 +148,11 @@ class Progress:
         elif not self._console.json_events:
             self._console.say(self._line(bar=False) + ("  " + detail if detail else ""))
 
+    def count(self, done: int, total: int, detail: str) -> None:
+        """`update`, for steps that learn the total on the way."""
+        self.total = total
+        self.update(done, detail)
+
     def advance(self, detail: str = "") -> None:
         self.update(self._done + 1, detail)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import datetime
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 from finetune.base_files import weight_files
 from finetune.config.schema import Config, is_local_base
-from finetune.console import Console, Progress, size
+from finetune.console import Console, size
 from finetune.data.template import choose_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import ConfigError, ExportError, Problem
@@ -77,7 +77,7 @@ def _merge(run: RunFolder, wishes: Wishes, console: Console) -> None:
                 tokenizer=run.adapter,
                 dtype=None,
                 base_precision=onto,
-                on_tensor=_shown_on(progress),
+                on_tensor=progress.count,
             )
         _prove_or_forget(run, config, base, [Exported("merged", partial, "")], onto, wishes, console)
         promote(partial, run.merged)
@@ -155,7 +155,7 @@ def _write_gguf(run: RunFolder, quants: Sequence[Quant], wishes: Wishes, console
             # In float32: what the adapter adds is rounded once, by the quantiser.
             model = merged_model(base, run.adapter, tokenizer=run.adapter, dtype="float32", base_precision=onto)
             with console.progress(f"writing {quant}", unit="tensors") as progress:
-                report = convert(model, partial, quant=quant, name=run.name, on_tensor=_shown_on(progress))
+                report = convert(model, partial, quant=quant, name=run.name, on_tensor=progress.count)
             model.require_change()
             reports[quant] = report
         exported = [Exported(f"gguf/{final.name}", partial_of(final), quant) for quant, final in finals.items()]
@@ -278,7 +278,7 @@ def _write_lora(run: RunFolder, wishes: Wishes, console: Console) -> None:
             if wishes.verify:
                 model = Model(base, stored.config, stored.weights, run.adapter)
                 with console.progress("writing the base, to prove the adapter on", unit="tensors") as progress:
-                    convert(model, whole, quant=quant, name=run.name, on_tensor=_shown_on(progress))
+                    convert(model, whole, quant=quant, name=run.name, on_tensor=progress.count)
             exported = [Exported(f"gguf/{final.name}", partial, quant, on=whole)]
             _prove_or_forget(run, config, base, exported, "stored", wishes, console)
         finally:
@@ -292,11 +292,3 @@ def _write_lora(run: RunFolder, wishes: Wishes, console: Console) -> None:
         console.say(f"next: `ollama create {run.name} -f {run.gguf / 'Modelfile.lora'}`")
     else:
         console.say(f"next: `llama-cli -m BASE.gguf --lora {final}`, or --ollama-base NAME for a Modelfile")
-
-
-def _shown_on(progress: Progress) -> Callable[[int, int, str], None]:
-    def show(done: int, total: int, name: str) -> None:
-        progress.total = total
-        progress.update(done, name)
-
-    return show

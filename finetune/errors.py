@@ -35,6 +35,12 @@ class Problem:
         return f"{self.place}: {self.message}" if self.place else self.message
 
 
+def few(messages: Sequence[str]) -> list[str]:
+    """The first five of many messages of one kind, and how many more there are."""
+    left = len(messages) - 5
+    return list(messages) if left <= 0 else [*messages[:5], f"… and {left} more of this kind"]
+
+
 class FinetuneError(Exception):
     """The common ancestor: `exit_code` is the process's exit status, `problems` is what is printed."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.base_files import small_files
 from finetune.config.schema import Config
-from finetune.console import Console, Progress
+from finetune.console import Console
 from finetune.data.prepare import prepare
 from finetune.data.template import choose_template, end_of_turn
 from finetune.data.tokenizer import load_tokenizer
@@ -55,7 +55,7 @@ def prove(
         subject = _subject(run, config, base, onto, console)
         context = needed_context(subject)
         artifacts = [_open(one, subject.device, context, stack) for one in exported]
-        reference, found = measure(subject, artifacts, lambda what, done, total: _show(progress, what, done, total))
+        reference, found = measure(subject, artifacts, lambda what, done, total: progress.count(done, total, what))
     if not console.json_events:
         console.say()
         console.table(*table(reference, found))
@@ -132,11 +132,6 @@ def _rows(run: RunFolder, config: Config, console: Console) -> tuple[Sequence[To
         console.say(f"note: compared on the project's own texts alone, since the run's data cannot be read: {error}")
         return (), "no"
     return (data.held_out, "held-out") if len(data.held_out) else (data.train, "training")
-
-
-def _show(progress: Progress, what: str, done: int, total: int) -> None:
-    progress.total = total
-    progress.update(done, what)
 
 
 _COPIED = (

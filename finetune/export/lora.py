@@ -45,12 +45,6 @@ class LoraModule:
     float32 and rounded once."""
 
     @property
-    def weight_shape(self) -> tuple[int, int]:
-        """The shape the base weight must have."""
-        out, into = int(self.b.shape[0]), int(self.a.shape[1])
-        return (into, out) if self.transposed else (out, into)
-
-    @property
     def needs_whole(self) -> bool:
         """Whether no row can be merged without the others: DoRA's norm over a weight that is stored the other way."""
         return self.transposed and self.magnitude is not None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from finetune.errors import ExportError, Problem
+from finetune.errors import ExportError, Problem, few
 from finetune.export.adapter import Adapter, LoraLayer
 from finetune.export.changes import AddBias, AddLora, AddToExperts, Change, ReplaceRows
 from finetune.export.experts import Stacks, slices
@@ -67,7 +67,7 @@ def plan(adapters: Sequence[Adapter], base: Checkpoint, config: Mapping[str, Any
         problems += _change(adapter, base, recipes, rename, shared, str(config.get("model_type")))
         if problems:
             hint = "was the adapter trained on this base, and is the base the 16-bit one?"
-            raise ExportError([Problem(message, str(adapter.place), hint) for message in _few(problems)])
+            raise ExportError([Problem(message, str(adapter.place), hint) for message in few(problems)])
     if quantised:
         rename = renaming(quantised, base.tensors)
         for module in quantised:
@@ -228,7 +228,3 @@ def _misfit(layer: LoraLayer, name: str, base: Checkpoint, recipes: Mapping[str,
     if stored.shape != wanted:
         return f"`{name}` has the shape {stored.shape}, the adapter was trained on {wanted}"
     return None
-
-
-def _few(problems: list[str]) -> list[str]:
-    return problems if len(problems) <= 5 else [*problems[:5], f"… and {len(problems) - 5} more of this kind"]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import ExportError, MissingExtraError, StorageError
+from finetune.errors import ExportError, MissingExtraError
+from finetune.llamacpp import child
 
 if TYPE_CHECKING:
     import numpy
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
     Logits = numpy.typing.NDArray[numpy.float32]
 
-_CHILD = "import sys; sys.path.insert(0, sys.argv[1]); from finetune.llamacpp.scoring import main; main()"
-_CLOSE_SECONDS = 5.0
 _PIPE_BYTES = 2**18
 """On Linux, whose default is 64 KB. 300 MB of logits took 0.25 s instead of 0.5 s; a megabyte would be the limit."""
 
@@ -52,22 +49,11 @@ class Scorer:
         threads: int = 1,
         lora: Sequence[tuple[Path, float]] = (),
     ) -> None:
-        if importlib.util.find_spec("xllamacpp") is None:
-            raise MissingExtraError("llama.cpp is not installed", hint='pip install "finetune[gguf]"')
-        for file in (path, *(adapter for adapter, _ in lora)):
-            if not file.is_file():
-                raise StorageError("there is no such file", place=str(file))
+        child.require_runtime(path, *(adapter for adapter, _ in lora))
         self.path = path
         self._turn = 0
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
-        # -P: no module is taken from the folder that happens to be the current one.
-        self._child = subprocess.Popen(
-            [sys.executable, "-P", "-c", _CHILD, str(Path(__file__).parents[2])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._said,
-            pipesize=_PIPE_BYTES,
-        )
+        self._child = child.start("scoring", "main", self._said, pipe_bytes=_PIPE_BYTES)
         adapters = [(str(adapter), scale) for adapter, scale in lora]
         order = {"path": str(path), "lora": adapters, "context": context, "exact": exact, "threads": threads}
         try:
@@ -143,16 +129,7 @@ class Scorer:
 
     def close(self) -> None:
         """End the process and give its memory back. May be called twice."""
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
-        with contextlib.suppress(OSError):
-            self._child.stdin.close()
-        try:
-            self._child.wait(_CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
-        self._child.stdout.close()
+        child.end(self._child)
         self._said.close()
 
     def __enter__(self) -> Scorer:
@@ -187,7 +164,7 @@ class Scorer:
     def _ended(self) -> ExportError:
         """An error with the status of the ended process, and the last thing it said."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._child.wait(_CLOSE_SECONDS)
+            self._child.wait(child.CLOSE_SECONDS)
         self._said.seek(0)
         said = [line.strip() for line in self._said.read().decode(errors="replace").splitlines() if line.strip()]
         words = f": {said[-1]}" if said else ""

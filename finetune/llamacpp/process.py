@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import http.client
-import importlib.util
 import json
 import os
 import re
@@ -33,9 +32,8 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from finetune.errors import ExportError, MissingExtraError, StorageError
+from finetune.llamacpp import child
 
-_CHILD = "import sys; sys.path.insert(0, sys.argv[1]); from finetune.llamacpp.process import serve; serve()"
-_CLOSE_SECONDS = 5.0
 _QUIET, _VERBOSE = 1, 3  # llama.cpp's levels: 1 errors, 2 warnings, 3 information
 
 
@@ -60,21 +58,12 @@ class Process:
     def __init__(
         self, path: Path, settings: dict[str, Any], log: Path | None, endpoint: Endpoint | None = None
     ) -> None:
-        if importlib.util.find_spec("xllamacpp") is None:
-            raise MissingExtraError("llama.cpp is not installed", hint='pip install "finetune[gguf]"')
-        if not path.is_file():
-            raise StorageError("there is no such file", place=str(path))
+        child.require_runtime(path)
         self._place = str(path)
         self._key = secrets.token_hex(16)
         self._log = _open_log(log)
         self._log_start = self._log.seek(0, os.SEEK_END)
-        # -P: no module is taken from the folder that happens to be the current one.
-        self._child = subprocess.Popen(
-            [sys.executable, "-P", "-c", _CHILD, str(Path(__file__).parents[2])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-        )
+        self._child = child.start("process", "serve", self._log)
         order = settings | {"path": str(path), "verbosity": _VERBOSE if log else _QUIET} | self._listen(endpoint)
         try:
             self.host, self.port = self._start(order)
@@ -114,16 +103,7 @@ class Process:
 
     def close(self) -> None:
         """End the process. May be called twice."""
-        if self._child.stdin is not None:
-            with contextlib.suppress(OSError):
-                self._child.stdin.close()
-        try:
-            self._child.wait(_CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
-        if self._child.stdout is not None:
-            self._child.stdout.close()
+        child.end(self._child)
         self._log.close()
 
     def _listen(self, endpoint: Endpoint | None) -> dict[str, Any]:

@@ -180,6 +180,11 @@ def _write_head(
         kind = GGMLQuantizationType[encoding.upper()]
         size = nbytes(tensor.shape, encoding)
         writer.add_tensor_info(tensor.target, tensor.shape, numpy.dtype(numpy.float32), size, kind)
+    finish_head(writer, path)
+
+
+def finish_head(writer: Any, path: Path) -> None:
+    """Write what a GGUFWriter was told, up to where the first tensor begins, and close it."""
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from finetune.export.gguf.family import Config, Family, Metadata, Rule
 from finetune.export.gguf.llama import own_output
 from finetune.export.gguf.neox import activation_notes, activation_refusals, split_groups
-from finetune.export.gguf.rope import scaling_problems
+from finetune.export.gguf.rope import scaling_keys, scaling_problems
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +73,7 @@ def _metadata(config: Config) -> Metadata:
         "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
         "rope.freq_base": float(rope["rope_theta"]),
     }
-    if rope["rope_type"] == "linear":
-        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    keys |= scaling_keys(rope)
     return {f"falcon.{key}": value for key, value in keys.items()}
 
 

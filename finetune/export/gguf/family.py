@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import ExportError, Problem
+from finetune.errors import ExportError, Problem, few
 from finetune.export.source import Weights
 
 if TYPE_CHECKING:
@@ -110,8 +110,7 @@ def plan(family: Family, config: Config, weights: Weights) -> list[PlannedTensor
         if name not in known
     ]
     if problems := [*homeless, *missing]:
-        shown = problems[:5] + ([f"… and {len(problems) - 5} more of this kind"] if len(problems) > 5 else [])
-        raise ExportError([Problem(message, str(weights.place)) for message in shown])
+        raise ExportError([Problem(message, str(weights.place)) for message in few(problems)])
     ordered = sorted(chosen.items(), key=lambda item: min(stored[source] for source in item[1].sources))
     return [_planned(target, way, config, weights) for target, way in ordered]
 

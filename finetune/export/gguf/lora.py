@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.errors import ExportError, MissingExtraError, Problem
+from finetune.errors import ExportError, MissingExtraError, Problem, few
 from finetune.export.adapter import Adapter, LoraLayer, read_adapter
-from finetune.export.gguf.convert import ALIGNMENT
+from finetune.export.gguf.convert import ALIGNMENT, finish_head
 from finetune.export.gguf.families import family_of, load_config
 from finetune.export.gguf.family import Config, Family, Rule
 from finetune.export.partial import partial_file, refuse_existing, require_space
@@ -181,9 +181,8 @@ def _problem(layer: LoraLayer, ways: list[tuple[str, Rule]], config: Config) -> 
 
 
 def _refusal(problems: list[str], trained: Adapter) -> ExportError:
-    shown = problems[:5] + ([f"… and {len(problems) - 5} more of this kind"] if len(problems) > 5 else [])
     hint = "export the merged model instead: it carries everything"
-    return ExportError([Problem(message, str(trained.stored.place), hint) for message in shown])
+    return ExportError([Problem(message, str(trained.stored.place), hint) for message in few(problems)])
 
 
 # -- what becomes of a layer --------------------------------------------------------------------------------------
@@ -244,9 +243,4 @@ def _write_head(path: Path, architecture: str, name: str, alpha: int, changes: l
             shape = change.layer.shape(part)
             tensor = f"{change.target}.lora_{part.lower()}"
             writer.add_tensor_info(tensor, shape, numpy.dtype(numpy.float32), 4 * math.prod(shape))
-    try:
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-    finally:
-        writer.close()
+    finish_head(writer, path)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from finetune.export.gguf.family import Config, Family, Metadata, Rule
 from finetune.export.gguf.llama import own_output
-from finetune.export.gguf.rope import scaling_problems
+from finetune.export.gguf.rope import scaling_keys, scaling_problems
 
 if TYPE_CHECKING:
     import torch
@@ -95,8 +95,7 @@ def _metadata(config: Config) -> Metadata:
         "rope.dimension_count": _rotated(config),
         "rope.freq_base": float(rope["rope_theta"]),
     }
-    if rope["rope_type"] == "linear":
-        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    keys |= scaling_keys(rope)
     return {f"gptneox.{key}": value for key, value in keys.items()}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import BaseError, ExportError
+from finetune.export.adapter import WEIGHTS
 from finetune.export.experts import stacked
 from finetune.export.nf4 import nf4_round_trip, quantised_modules
 from finetune.export.renaming import EMBEDDINGS, OUTPUT_LAYERS, renaming
@@ -218,7 +219,7 @@ def _without_peft(live: str) -> str:
 
 def _saved_beside(adapter: Path) -> set[str]:
     """The base's own weights that PEFT saved with the adapter (an embedding with a LoRA on it), and will load."""
-    names = [name for name in open_file(adapter / "adapter_model.safetensors").tensors if ".base_layer." in name]
+    names = [name for name in open_file(adapter / WEIGHTS).tensors if ".base_layer." in name]
     return {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in names}
 
 
