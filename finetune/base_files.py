@@ -12,6 +12,8 @@ from typing import Any
 
 from finetune.config.schema import Config, is_local_base
 from finetune.errors import BaseError
+from finetune.given_files import LFS_HINT, LFS_MESSAGE, is_lfs_pointer, not_a_file
+from finetune.safetensors_heads import folder_tensors
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "README.md"]
 WEIGHT_FILES = [*SMALL_FILES, "*.safetensors"]
@@ -25,21 +27,34 @@ def small_files(config: Config) -> Path:
 def weight_files(config: Config) -> Path:
     """The folder with all of the base, weights included (safetensors only; pickled weights are never fetched)."""
     folder = _folder(config, WEIGHT_FILES)
-    if not any(folder.glob("*.safetensors")):
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+    if not folder.is_dir():
         raise BaseError(
-            "the weights are pickled (.bin), which can run code when read" if pickled else "there are no weights here",
-            place=config.base,
-            hint="use a revision of this model with .safetensors files",
+            "there is no such folder any more",
+            place=str(folder),
+            hint="move the base back to where it was",
         )
+    check_weights(folder)
     return folder
+
+
+def check_weights(folder: Path) -> None:
+    """Raise BaseError or StorageError unless a folder's weights are there, whole, and safe to read.
+
+    Only their heads are read: a millisecond for a file, and long before anything is loaded.
+    """
+    folder_tensors(folder)
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
     """The base's config.json."""
     path = folder / "config.json"
+    if what := not_a_file(path):
+        raise BaseError(f"is {what}, not a file", place=str(path), hint="download the model again")
     try:
-        value = json.loads(path.read_text("utf-8"))
+        text = path.read_bytes()
+        if is_lfs_pointer(text):
+            raise BaseError(LFS_MESSAGE, place=str(path), hint=LFS_HINT)
+        value = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise BaseError(
             "config.json cannot be read", place=str(path), hint="download the model again: this file is damaged"

@@ -6,15 +6,19 @@ import tempfile
 import traceback
 
 from finetune.errors import FinetuneError
+from finetune.redaction import redacted
 
 
 def report(error: Exception) -> FinetuneError:
-    """Write the traceback down and say where."""
+    """Write the traceback down, without the secrets that can be recognised, and say where.
+
+    The file is its owner's alone (mode 0600). What the data holds may be in it: nobody can tell that from other words.
+    """
     with tempfile.NamedTemporaryFile(
-        "w", prefix="ft-traceback-", suffix=".txt", delete=False, encoding="utf-8"
+        "w", prefix="ft-traceback-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
     ) as file:
-        file.write("".join(traceback.format_exception(error)))
+        file.write(redacted("".join(traceback.format_exception(error))))
     return FinetuneError(
-        f"this is a bug in ft: {type(error).__name__}: {str(error).strip().split(chr(10))[0]}",
+        redacted(f"this is a bug in ft: {type(error).__name__}: {str(error).strip().split(chr(10))[0]}"),
         hint=f"the traceback is in {file.name}; please report it (look it over first, it may name your files)",
     )

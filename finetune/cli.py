@@ -16,6 +16,7 @@ import typer
 from finetune import __version__
 from finetune.console import Console
 from finetune.errors import FinetuneError
+from finetune.stopping import RESUMABLE, Stopped
 
 HELP = {"help_option_names": ["-h", "--help"]}
 INTERRUPTED = 130
@@ -136,22 +137,30 @@ def train(
     config: ConfigArgument,
     overrides: SetOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start a new run even if there is one to go on with.")] = False,
+    allow_changed: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-changed", metavar="KEY", help="Go on although this differs from the last checkpoint; repeatable."
+        ),
+    ] = None,
     runs: RunsOption = RUNS,
     json_output: JsonOption = False,
 ) -> None:
     """Fine-tune: from a config to a trained adapter, evaluated against its base.
 
-    The same command again goes on where a run stopped.
+    The same command again goes on where a run stopped. Ctrl-C saves the run at the end of the step; twice stops at
+    once. A finished run can be given more epochs.
 
     \b
     Examples:
       ft train configs/legal-llama3-8b.yaml
       ft train configs/legal-llama3-8b.yaml -s lora.rank=32 -s train.learning_rate=1e-4 --fresh
+      ft train configs/legal-llama3-8b.yaml -s train.learning_rate=1e-4 --allow-changed train.learning_rate
     """
     console.json_events = json_output
     from finetune.pipeline import train as run_training
 
-    finished = run_training(config, overrides or [], runs, console, fresh=fresh)
+    finished = run_training(config, overrides or [], runs, console, fresh=fresh, allow_changed=allow_changed or ())
     path = finished.run.path
     console.event("finished", run=str(path), already=finished.already)
     if finished.already:
@@ -329,6 +338,30 @@ def runs(runs: RunsOption = RUNS, json_output: JsonOption = False) -> None:
 
 
 @app.command()
+def clean(
+    run: RunArgument,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Remove the whole run, with its adapter and what was exported.")
+    ] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Remove what a finished run no longer needs: checkpoints, leftovers, and every text of the data.
+
+    The adapter, what was exported and the numbers stay. It cannot be undone, and asks nothing.
+
+    \b
+    Examples:
+      ft clean runs/quickstart
+      ft clean runs/quickstart --all
+    """
+    console.json_events = json_output
+    from finetune.cleaning import clean as run_cleaning
+    from finetune.runs.folder import open_run
+
+    run_cleaning(open_run(run), console, everything=everything)
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine has, what is missing, and how to get it.
 
@@ -372,7 +405,8 @@ def explain(key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="For
 def main() -> None:
     """The entry point: runs a command, and turns what goes wrong into one clear message and an exit code.
 
-    2: the input is wrong. 1: the machine or the moment is. 130: interrupted. 70: a bug of ours.
+    2: the input is wrong. 1: the machine or the moment is. 75: stopped, and the same command goes on. 130: interrupted,
+    and there is nothing to go on with. 70: a bug of ours.
     """
     try:
         # Without standalone mode, typer hands back an exit code instead of exiting with it.
@@ -385,9 +419,11 @@ def main() -> None:
         command = context.command_path if context is not None else "ft"
         console.error(FinetuneError(error.format_message(), hint=f"`{command} --help` shows how it is used"))
         sys.exit(error.exit_code)
+    except Stopped as stopped:
+        console.say(f"stopped ({stopped}): the same command goes on")
+        sys.exit(RESUMABLE)
     except (KeyboardInterrupt, click.Abort):
-        training = "train" in sys.argv[1:2]
-        console.say("interrupted" + (": the same command goes on from the last checkpoint" if training else ""))
+        console.say("interrupted")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output left (`ft runs | head`); there is nobody to tell.

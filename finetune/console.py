@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from finetune.errors import FinetuneError
+from finetune.redaction import redacted
 
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
@@ -63,6 +64,7 @@ class Console:
         print(text, file=self._err, flush=True)
 
     def warn(self, text: str) -> None:
+        text = redacted(text)
         if self.json_events:
             self.event("warning", text=text)
             return
@@ -73,12 +75,14 @@ class Console:
         """Print every problem of an error as `error:` and `hint:` lines."""
         self._clear_live()
         for problem in error.problems:
+            hint = redacted(problem.hint) if problem.hint else None
             if self.json_events:
-                self.event("error", message=problem.message, place=problem.place, hint=problem.hint)
+                place = redacted(problem.place) if problem.place else None
+                self.event("error", message=redacted(problem.message), place=place, hint=hint)
                 continue
-            print(f"{self.style('error:', 'red')} {printable(str(problem))}", file=self._err)
-            if problem.hint:
-                print(f"{self.style('hint:', 'cyan')} {printable(problem.hint)}", file=self._err)
+            print(f"{self.style('error:', 'red')} {printable(redacted(str(problem)))}", file=self._err)
+            if hint:
+                print(f"{self.style('hint:', 'cyan')} {printable(hint)}", file=self._err)
         self._err.flush()
 
     def event(self, kind: str, **fields: Any) -> None:

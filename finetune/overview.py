@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from finetune.base_files import read_model_config, small_files
+from finetune.base_files import check_weights, read_model_config, small_files
 from finetune.config.load import load
 from finetune.config.schema import DataSource, is_local_base, is_local_data
-from finetune.console import Console
+from finetune.console import Console, printable
+from finetune.data.conversation import Message
 from finetune.data.formats import convert, detect_format
 from finetune.data.inspect import Wanted, show_rows
+from finetune.data.jinja import TemplateRefusal
 from finetune.data.prepare import DETECT_ROWS, held_out_source
 from finetune.data.read import read_rows, shown_path
 from finetune.data.template import choose_template
@@ -26,7 +29,7 @@ from finetune.runs.manifest import resolved_yaml, today
 
 
 def check(path: Path, overrides: Sequence[str], console: Console, *, show: bool) -> None:
-    """`ft check`: the config, its files, the first rows of its data, a local base's tokenizer. No torch, no network."""
+    """`ft check`: the config, its files, the first rows of its data, a local base. No torch, no network."""
     loaded = load(path, overrides)
     config = loaded.config
     chat = False
@@ -38,10 +41,13 @@ def check(path: Path, overrides: Sequence[str], console: Console, *, show: bool)
     if is_local_base(config.base):
         folder = Path(config.base)
         read_model_config(folder)
+        check_weights(folder)
         check_targets(config, folder, loaded.place("lora.targets"))
         tokenizer = load_tokenizer(folder)
         if chat:
-            choose_template(config.chat_template, tokenizer, today())
+            template = choose_template(config.chat_template, tokenizer, today())
+            with contextlib.suppress(TemplateRefusal):  # whether it takes the rows is found out with the rows
+                template.render([Message("user", "a"), Message("assistant", "b")])
     if show:
         console.data(resolved_yaml(loaded, sources=True))
     console.say(f"{path} is valid")
@@ -69,9 +75,14 @@ def show_runs(runs: Path, console: Console) -> None:
     if console.json_events:
         for run in found:
             try:
-                console.event("run", name=run.name, path=str(run.path), **run.read_manifest())
+                manifest = run.read_manifest()
             except FinetuneError as error:
                 console.event("run", name=run.name, path=str(run.path), state="damaged", problem=str(error))
+                continue
+            # What a manifest may call `name` or `event` is not what this line says of the run.
+            ours = ("event", "kind", "name", "path")
+            fields = {key: value for key, value in manifest.items() if key not in ours}
+            console.event("run", name=run.name, path=str(run.path), **fields)
         return
     if not found:
         console.say(f"no runs in {runs}/ yet; `ft train CONFIG` makes one")
@@ -88,8 +99,8 @@ def describe_run(run: RunFolder) -> list[str]:
         return [run.name, "damaged", "", "", "", ""]
     scores = _scores(run)
     artifacts = [name for name in ("adapter", "merged", "gguf") if (run.path / name).is_dir()]
-    base = str(manifest.get("base", "")).rstrip("/").rpartition("/")[2]
-    state = str(manifest.get("state", "?"))
+    base = printable(str(manifest.get("base", ""))).rstrip("/").rpartition("/")[2]
+    state = printable(str(manifest.get("state", "?")))
     return [run.name, state, base, scores.get("base", "–"), scores.get("tuned", "–"), " ".join(artifacts)]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import gc
 import time
 from collections.abc import Sequence
@@ -9,20 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from finetune.base_files import resolved_revision, small_files, weight_files
 from finetune.config.load import LoadedConfig, load
-from finetune.config.schema import Config
+from finetune.config.schema import Config, is_local_base
 from finetune.console import Console, duration, size
 from finetune.data.prepare import PreparedData, prepare
-from finetune.errors import RunError
+from finetune.errors import RunError, StorageError
+from finetune.export.base_identity import fingerprint
 from finetune.model.adapter import check_targets
+from finetune.redaction import redacted
+from finetune.resuming import Resumption, choose_run, day_of, nothing_to_do, reserved, resumption
 from finetune.runs.files import write_json, write_text
-from finetune.runs.folder import RunFolder, next_run, runs_of
-from finetune.runs.log import logged
-from finetune.runs.manifest import as_plain, changed_keys, provenance, resolved_yaml, timestamp
+from finetune.runs.folder import RunFolder
+from finetune.runs.log import logged, stay_offline
+from finetune.runs.manifest import provenance, resolved_yaml, timestamp
 from finetune.runs.tracking import check_tracking, prepare_tracking
+from finetune.stopping import Stopped, Stopper, stoppable
+from finetune.train.length import steps_in_all
 
 if TYPE_CHECKING:
     from finetune.evaluate.compare import Comparison
@@ -40,37 +45,74 @@ class Finished:
     already: bool
 
 
-def train(path: Path, overrides: Sequence[str], runs: Path, console: Console, *, fresh: bool) -> Finished:
-    """Config file → finished run. The same call again goes on after a fault, and trains nothing twice."""
-    loaded = load(path, overrides)
-    run = _choose_run(loaded, runs, fresh)
-    if run.state == "finished":
-        return Finished(run, already=True)
-    # Everything that can be wrong with the input is found before anything is written and before torch is loaded.
-    check_tracking(loaded.config)
-    folder = small_files(loaded.config)
-    check_targets(loaded.config, folder, loaded.place("lora.targets"))
-    data = prepare_shown(loaded.config, folder, runs / CACHE, console)
-    run.create()
-    with run.lock():
-        resuming = run.state is not None
-        if not resuming:
-            write_text(run.config, loaded.path.read_text("utf-8"))
-            write_text(run.resolved, resolved_yaml(loaded))
-        run.update_manifest(**provenance(loaded), accounting=data.accounting.as_dict())
-        prepare_tracking(loaded.config, run)
-        console.event("run", path=str(run.path), resuming=resuming)
-        try:
-            with logged(run.log):
-                trained, comparison = _train_and_evaluate(loaded.config, data, run, console)
-        except KeyboardInterrupt:
-            run.update_manifest(state="interrupted", ended=timestamp())
-            raise
-        except BaseException as error:
-            run.update_manifest(state="failed", ended=timestamp(), error=str(error).split("\n")[0])
-            raise
-        _finish(run, trained, comparison, console)
+def train(
+    path: Path,
+    overrides: Sequence[str],
+    runs: Path,
+    console: Console,
+    *,
+    fresh: bool = False,
+    allow_changed: Sequence[str] = (),
+) -> Finished:
+    """Config file → finished run. The same call again goes on after a fault, and trains nothing twice.
+
+    Raises `Stopped` where a signal asks for it, at the end of a training step at the latest.
+    """
+    with stoppable() as stopper:
+        loaded = load(path, overrides)
+        stay_offline(loaded.config)
+        run = choose_run(loaded, runs, fresh)
+        # Everything that can be wrong with the input is found before anything is written and before torch is loaded.
+        check_tracking(loaded.config)
+        folder = small_files(loaded.config)
+        check_targets(loaded.config, folder, loaded.place("lora.targets"))
+        with reserved(run):
+            if nothing_to_do(run, loaded):
+                return Finished(run, already=True)
+            resuming = resumption(run, loaded, runs, tuple(allow_changed))
+            data = prepare_shown(loaded.config, folder, runs / CACHE, console, resuming.day)
+            resuming = resuming.compared(loaded, data, steps_in_all(loaded.config, data), console)
+            base = weight_files(loaded.config)
+            base_files = fingerprint(base)
+            resuming = resuming.compared_base(loaded, base_files, console)
+            _begin(loaded, data, base, base_files, resuming)
+            console.event("run", path=str(run.path), resuming=resuming.checkpoint is not None)
+            try:
+                with logged(run.log):
+                    trained, comparison = _train_and_evaluate(
+                        loaded.config, data, run, console, stopper, base, base_files
+                    )
+            except Stopped:
+                run.update_manifest(state="interrupted", ended=timestamp())
+                raise
+            except BaseException as error:
+                with contextlib.suppress(StorageError):  # a full disk must not hide what went wrong first
+                    run.update_manifest(state="failed", ended=timestamp(), error=redacted(str(error).split("\n")[0]))
+                raise
+            _finish(run, trained, comparison, console)
     return Finished(run, already=False)
+
+
+def _begin(
+    loaded: LoadedConfig, data: PreparedData, base: Path, base_files: dict[str, str], resuming: Resumption
+) -> None:
+    """Write down what is about to be trained."""
+    run = resuming.run
+    write_text(run.config, redacted(loaded.path.read_text("utf-8")))
+    write_text(run.resolved, resolved_yaml(loaded))
+    began = run.read_manifest() if resuming.checkpoint is not None else {}
+    fields = provenance(loaded) | {
+        "day": resuming.day.isoformat(),
+        "changes": list(resuming.changes),
+        "revision": resolved_revision(base) or loaded.config.revision,
+        "base_files": base_files,
+        "accounting": data.accounting.as_dict(),
+        "prepared": data.store.folder.name,
+    }
+    if "started" in began:
+        fields["started"] = began["started"]
+    run.update_manifest(**fields)
+    prepare_tracking(loaded.config, run)
 
 
 def evaluate(run: RunFolder, console: Console) -> Comparison | None:
@@ -82,7 +124,7 @@ def evaluate(run: RunFolder, console: Console) -> Comparison | None:
 
     config = config_of(run)
     folder = small_files(config)
-    data = prepare_shown(config, folder, run.path.parent / CACHE, console)
+    data = prepare_shown(config, folder, run.path.parent / CACHE, console, day_of(run))
     with logged(run.log), console.progress("evaluating") as progress:
         loaded = load_base(config, weight_files(config), detect())
         loaded = LoadedModel(load_adapter(loaded, run.adapter), loaded.hardware)
@@ -93,16 +135,23 @@ def evaluate(run: RunFolder, console: Console) -> Comparison | None:
 
 
 def config_of(run: RunFolder) -> Config:
-    """The resolved config that a run was made with."""
+    """The resolved config that a run was made with, with the very commit of its base."""
     if not run.resolved.is_file():
         raise RunError("this run has no resolved.yaml", place=str(run.path), hint="restore it, or train with --fresh")
-    return load(run.resolved, references=False).config
+    config = load(run.resolved, references=False).config
+    revision = run.read_manifest().get("revision")
+    if isinstance(revision, str) and not is_local_base(config.base):
+        config = config.model_copy(update={"revision": revision})
+    stay_offline(config)
+    return config
 
 
-def prepare_shown(config: Config, folder: Path, cache: Path, console: Console) -> PreparedData:
-    """Prepare the data, with progress and an account of what was read."""
+def prepare_shown(
+    config: Config, folder: Path, cache: Path, console: Console, day: datetime.datetime | None = None
+) -> PreparedData:
+    """Prepare the data, with progress and an account of what was read. `day` is what chat templates are told."""
     with console.progress("tokenising", unit="rows") as progress:
-        data = prepare(config, folder, cache=cache, on_progress=progress.update)
+        data = prepare(config, folder, cache=cache, today=day, on_progress=progress.update)
     console.event(
         "data",
         cached=data.cached,
@@ -150,46 +199,23 @@ def account(data: PreparedData) -> list[str]:
     return lines
 
 
-def _choose_run(loaded: LoadedConfig, runs: Path, fresh: bool) -> RunFolder:
-    """The newest run of this config, or a new one. Raises RunError if the newest was made with other settings."""
-    existing = runs_of(loaded.name, runs)
-    if not existing:
-        return next_run(loaded.name, runs)
-    run = existing[-1]
-    if run.state is None:
-        return run  # a folder in which nothing was begun
-    if fresh:
-        return next_run(loaded.name, runs)
-    try:
-        before = yaml.safe_load(run.resolved.read_text("utf-8"))
-    except (OSError, yaml.YAMLError):
-        before = None
-    if not isinstance(before, dict):
-        raise RunError("resolved.yaml is missing or damaged", place=str(run.path), hint="start again with --fresh")
-    changed = changed_keys(before, as_plain(loaded.config))
-    if changed:
-        what = "finished" if run.state == "finished" else "begun"
-        raise RunError(
-            f"this run was {what} with other settings: {', '.join(changed)}",
-            place=str(run.path),
-            hint=f"--fresh starts {next_run(loaded.name, runs).path}; undo the change to go on with this run",
-        )
-    return run
-
-
 def _train_and_evaluate(
-    config: Config, data: PreparedData, run: RunFolder, console: Console
+    config: Config,
+    data: PreparedData,
+    run: RunFolder,
+    console: Console,
+    stopper: Stopper,
+    base: Path,
+    base_files: dict[str, str],
 ) -> tuple[Trained, Comparison | None]:
     """Load, train, evaluate. The heavy imports happen here, inside the log."""
     console.say(f"loading {config.base}")
     began = time.monotonic()
     # Importing makes a million objects that stay: looking for garbage among them, again and again, is wasted time.
     gc.disable()
-    from finetune.evaluate.compare import compare
-    from finetune.export.base_identity import fingerprint
+    from finetune.evaluate.compare import compare, try_longest
     from finetune.model.base import load_base
     from finetune.model.hardware import choose_optimizer, detect, use_gradient_checkpointing
-    from finetune.train.sft import steps_in_all
     from finetune.train.sft import train as run_training
 
     hardware = detect()
@@ -197,8 +223,7 @@ def _train_and_evaluate(
     gc.freeze()
     optimizer, why_optimizer = choose_optimizer(config, hardware)
     _, why_checkpointing = use_gradient_checkpointing(config, hardware)
-    folder = weight_files(config)
-    loaded = load_base(config, folder, hardware)
+    loaded = load_base(config, base, hardware)
     steps = steps_in_all(config, data)
     choices = {
         "device": hardware.name,
@@ -207,8 +232,7 @@ def _train_and_evaluate(
         "optimizer": why_optimizer,
         "gradient_checkpointing": why_checkpointing,
     }
-    revision = resolved_revision(folder) or config.revision
-    run.update_manifest(choices=choices, revision=revision, base_files=fingerprint(folder))
+    run.update_manifest(choices=choices)
     console.say(
         f"loaded in {duration(time.monotonic() - began)}: {config.quantization} on {hardware.name}, {optimizer}"
     )
@@ -219,7 +243,8 @@ def _train_and_evaluate(
     console.say(
         f"training: {steps:,} steps of {train.micro_batch_size} × {train.gradient_accumulation_steps} sequences"
     )
-    trained = run_training(config, data, loaded, run, console)
+    try_longest(data, loaded)
+    trained = run_training(config, data, loaded, run, console, stopper, base_files)
     console.say(
         f"trained {trained.steps:,} steps in {duration(trained.seconds)}, peak memory {size(trained.peak_memory)}"
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from finetune.data.template import choose_template, end_of_turn
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError
 from finetune.pipeline import CACHE
+from finetune.resuming import day_of
 from finetune.runs.files import write_json
 from finetune.runs.folder import RunFolder
 from finetune.runs.manifest import sha256, timestamp
@@ -71,7 +72,7 @@ def prove(
         changed = [f"{name} is not the one that was trained with" for name in _changed_files(run.adapter, one.path)]
         found_here["problems"] += changed
         found_here["proven"] = not found_here["problems"]
-        known[one.name] = {"proven_at": timestamp(), "sha256": _hashes(one.path), **found_here}
+        known[one.name] = {"proven_at": timestamp(), **_made(run, one.path, onto), **found_here}
         console.event("verification", artifact=one.name, **known[one.name])
         for warning in verdict.warnings:
             console.warn(f"{one.name}: {warning}")
@@ -80,17 +81,35 @@ def prove(
     return problems
 
 
-def is_proven(run: RunFolder, name: str, path: Path) -> bool:
-    """Whether verification.json speaks of these very bytes, and well."""
-    entry = _known(run.verification).get(name)
-    return isinstance(entry, dict) and entry.get("proven") is True and entry.get("sha256") == _hashes(path)
+State = Literal["absent", "unknown", "other", "not proven", "proven"]
 
 
-def forget(run: RunFolder, names: Sequence[str]) -> None:
-    """Take out of verification.json what is about to be replaced by something that nobody proves."""
+def state_of(run: RunFolder, one: Exported, onto: Onto) -> State:
+    """What verification.json knows about what carries this name.
+
+    "unknown": it does not speak of these bytes. "other": they were made of another adapter, or onto other weights.
+    """
+    if not os.path.lexists(one.path):
+        return "absent"
+    entry, made = _known(run.verification).get(one.name), _made(run, one.path, onto)
+    if not isinstance(entry, dict) or entry.get("sha256") != made["sha256"] or "adapter" not in entry:
+        return "unknown"
+    if any(entry.get(key) != value for key, value in made.items()):
+        return "other"
+    return "proven" if entry.get("proven") is True else "not proven"
+
+
+def record_unproven(run: RunFolder, exported: Sequence[Exported], onto: Onto) -> None:
+    """Note in verification.json what is about to get its name without a proof, so that it is known again."""
     known = _known(run.verification)
-    if any(name in known for name in names):
-        write_json(run.verification, {name: entry for name, entry in known.items() if name not in names})
+    for one in exported:
+        known[one.name] = {"proven": False, "problems": [], **_made(run, one.path, onto)}
+    write_json(run.verification, known)
+
+
+def _made(run: RunFolder, path: Path, onto: Onto) -> dict[str, Any]:
+    """Which bytes they are, and what of."""
+    return {"sha256": _hashes(path), "adapter": _hashes(run.adapter), "merged_onto": onto}
 
 
 def _subject(run: RunFolder, config: Config, base: Path, onto: Onto, console: Console) -> Subject:
@@ -99,7 +118,7 @@ def _subject(run: RunFolder, config: Config, base: Path, onto: Onto, console: Co
     from finetune.model.hardware import detect
 
     tokenizer = load_tokenizer(run.adapter)
-    template = choose_template(None, tokenizer, datetime.datetime.now()) if tokenizer.chat_template else None
+    template = choose_template(None, tokenizer, day_of(run)) if tokenizer.chat_template else None
     rows, rows_are = _rows(run, config, console)
     return Subject(
         base=open_model(base),
@@ -127,7 +146,7 @@ def _open(one: Exported, device: str, context: int, stack: contextlib.ExitStack)
 def _rows(run: RunFolder, config: Config, console: Console) -> tuple[Sequence[TokenRow], str]:
     """Held-out rows, or else training rows; none if the data is not here any more, which a proof does not need."""
     try:
-        data = prepare(config, small_files(config), cache=run.path.parent / CACHE)
+        data = prepare(config, small_files(config), cache=run.path.parent / CACHE, today=day_of(run))
     except FinetuneError as error:
         console.say(f"note: compared on the project's own texts alone, since the run's data cannot be read: {error}")
         return (), "no"

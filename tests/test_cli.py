@@ -19,7 +19,21 @@ from finetune.config.schema import Config
 
 from .conftest import RunFt
 
-COMMANDS = ["init", "check", "data", "train", "eval", "chat", "serve", "merge", "export", "runs", "doctor", "config"]
+COMMANDS = [
+    "init",
+    "check",
+    "data",
+    "train",
+    "eval",
+    "chat",
+    "serve",
+    "merge",
+    "export",
+    "runs",
+    "clean",
+    "doctor",
+    "config",
+]
 CONFIG_COMMANDS = ["config schema", "config explain"]
 
 HELP_CPU_SECONDS = 0.2

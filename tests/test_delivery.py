@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from finetune import delivery
 from finetune.console import Console
-from finetune.errors import ExportError
+from finetune.delivery import Wishes, wishes
+from finetune.errors import ExportError, StorageError
+from finetune.export.gguf.convert import GgufPlan, GgufReport, write
+from finetune.runs.files import partial_of
 from finetune.runs.folder import RunFolder
 from tests.conftest import RunFt
 from tests.test_pipeline import write_config
@@ -57,9 +61,89 @@ def test_several_files_straight_from_the_adapter_each_proven(folder: Path, run_f
         assert set(one["perplexity"]) == {"base", "stored", "nf4", "artifact"}
     assert "adapter on the NF4 base" in result.stderr
     assert 'SYSTEM "Be brief."' in (run / "gguf" / "Modelfile").read_text("utf-8")
-    again = run_ft("export", "tiny", "--quant", "q8_0", cwd=folder)
-    assert again.code == 1
-    assert "this exists already" in again.stderr
+
+
+def test_the_same_command_again_goes_on_where_it_was_killed(folder: Path, run_ft: RunFt) -> None:
+    """Between the names of two files: one is there, proven; the other was still a `.partial`."""
+    run = RunFolder(folder / "runs" / "tiny")
+    command = ("export", "tiny", "--quant", "q8_0,f16", "--system", "Be brief.")
+    assert run_ft(*command, cwd=folder).code == 0
+    before = {path.name: path.read_bytes() for path in run.gguf.iterdir()}
+    kept, other = run.gguf / "tiny-q8_0.gguf", run.gguf / "tiny-f16.gguf"
+    other.rename(partial_of(other))
+    partial_of(partial_of(other)).write_bytes(b"half of a file")
+    (run.gguf / "Modelfile").unlink()
+    changed = kept.stat().st_mtime_ns
+    again = run_ft(*command, cwd=folder)
+    assert again.code == 0, again.stderr
+    assert {path.name: path.read_bytes() for path in run.gguf.iterdir()} == before
+    assert kept.stat().st_mtime_ns == changed
+    assert "from before, proven" in again.stderr
+    assert again.stderr.count("tiny-q8_0.gguf") == 1, "proven twice"
+
+
+def test_what_was_made_otherwise_is_not_taken_for_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(folder / "runs" / "tiny")
+    monkeypatch.chdir(folder)
+    unproven = Wishes(verify=False)
+    for _ in range(2):
+        delivery.merge(run, unproven, Console())
+        delivery.export(run, "gguf", ["f16"], unproven, Console())
+        delivery.export(run, "gguf-lora", [], unproven, Console())
+    assert capsys.readouterr().err.count("from before") == 3
+    entries = json.loads(run.verification.read_text("utf-8"))
+    assert [(name, entry["proven"]) for name, entry in entries.items()] == [
+        ("merged", False),
+        ("gguf/tiny-f16.gguf", False),
+        ("gguf/tiny-lora.gguf", False),
+    ]
+    with pytest.raises(ExportError, match=r"tiny-f16.gguf: this exists already, and is not what would be made now"):
+        delivery.export(run, "gguf", ["q8_0", "f16"], Wishes(onto="nf4", verify=False), Console())
+    # Trained on: another adapter.
+    config = run.adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"lora_alpha": 1}), "utf-8")
+    for verify in (True, False):
+        with pytest.raises(ExportError, match=r"merged: this exists already, and is not what would be made now"):
+            delivery.merge(run, Wishes(verify=verify), Console())
+    # Nobody knows of this file, and nobody is asked to prove it.
+    run.verification.unlink()
+    with pytest.raises(ExportError, match="this exists already"):
+        delivery.export(run, "gguf", ["f16"], unproven, Console())
+
+
+def test_room_for_all_files_is_asked_for_before_the_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(folder / "runs" / "tiny")
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100 * 2**20))
+    delivery.export(run, "gguf", ["q8_0"], Wishes(verify=False), Console())
+    (run.gguf / "tiny-f16.gguf.partial").write_bytes(bytes(1000))
+    with pytest.raises(StorageError, match=r"tiny-f16.gguf and tiny-f32.gguf: 1[0-9.]+ MiB needed, 100.0 MiB free"):
+        delivery.export(run, "gguf", ["f16,f32"], Wishes(verify=False), Console())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=50 * 2**20))
+    with pytest.raises(
+        StorageError, match=r"tiny-lora.gguf and the base that it is proven on: 6[0-9.]+ MiB needed, 50.0 MiB free"
+    ):
+        delivery.export(run, "gguf-lora", [], Wishes(), Console())
+    assert sorted(path.name for path in run.gguf.iterdir()) == ["Modelfile", "tiny-q8_0.gguf"]
+
+
+def test_a_disk_that_fills_up_keeps_nothing_of_what_cannot_be_finished(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(folder / "runs" / "tiny")
+
+    def fill_up(plan: GgufPlan, out: Path, *, on_tensor: object) -> GgufReport:
+        if plan.quant == "f32":
+            raise StorageError("full", place=str(out))
+        return write(plan, out)
+
+    # The package has a function of this module's name.
+    monkeypatch.setattr(sys.modules["finetune.export.gguf.convert"], "write", fill_up)
+    with pytest.raises(StorageError, match="full"):
+        delivery.export(run, "gguf", ["f16,f32"], Wishes(verify=False), Console())
+    assert list(run.gguf.iterdir()) == []
 
 
 def test_onto_the_weights_that_training_saw(folder: Path, run_ft: RunFt) -> None:
@@ -76,7 +160,7 @@ def test_a_proof_that_fails_leaves_the_file_under_its_partial_name(
     """The adapter changes between writing and proving, so the file no longer says what the adapter says."""
     run = RunFolder(folder / "runs" / "tiny")
     monkeypatch.chdir(folder)
-    real = delivery.prove
+    real = wishes.prove
 
     def prove_another(*arguments: object) -> object:
         from safetensors.torch import load_file, save_file
@@ -85,14 +169,14 @@ def test_a_proof_that_fails_leaves_the_file_under_its_partial_name(
         save_file({name: -3 * tensor for name, tensor in weights.items()}, run.adapter / "adapter_model.safetensors")
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(delivery, "prove", prove_another)
+    monkeypatch.setattr(wishes, "prove", prove_another)
     with pytest.raises(ExportError, match="differs from what was trained"):
-        delivery.export(run, "gguf", ["f32"], delivery.Wishes(), Console())
+        delivery.export(run, "gguf", ["f32"], Wishes(), Console())
     assert sorted(path.name for path in run.gguf.iterdir()) == ["tiny-f32.gguf.partial"]
     assert json.loads(run.verification.read_text("utf-8"))["gguf/tiny-f32.gguf"]["proven"] is False
     # The next attempt replaces it.
-    monkeypatch.setattr(delivery, "prove", real)
-    delivery.export(run, "gguf", ["f32"], delivery.Wishes(), Console())
+    monkeypatch.setattr(wishes, "prove", real)
+    delivery.export(run, "gguf", ["f32"], Wishes(), Console())
     assert sorted(path.name for path in run.gguf.iterdir()) == ["Modelfile", "tiny-f32.gguf"]
 
 
@@ -120,7 +204,7 @@ def test_what_is_not_proven_is_said_so_and_can_be_proven_later(folder: Path, run
     shutil.rmtree(run.merged)
     result = run_ft("merge", "tiny", "--no-verify", cwd=folder)
     assert "not proven" in result.stderr
-    assert "merged" not in json.loads(run.verification.read_text("utf-8"))
+    assert json.loads(run.verification.read_text("utf-8"))["merged"]["proven"] is False
     assert "from before; proven" in run_ft("export", "tiny", "--to", "hf", cwd=folder).stderr
     again = run_ft("export", "tiny", "--to", "hf", cwd=folder)
     assert again.code == 0

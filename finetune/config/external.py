@@ -13,6 +13,7 @@ from finetune.config.problems import dotted_key, nearest_place
 from finetune.config.schema import DATA_SUFFIXES, Config, data_kind, is_local_base, is_local_data
 from finetune.config.yaml_source import Key, Place
 from finetune.errors import DataError, Problem
+from finetune.given_files import not_a_file
 
 _HUB_ID = re.compile(r"(?=.{1,96}$)(?!.*(--|\.\.))\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?", re.ASCII)
 """By the Hub's own rules (huggingface_hub's `validate_repo_id`)."""
@@ -70,6 +71,9 @@ def _missing_file(key: str, path: Path, place: str) -> Iterator[Problem]:
         return
     if os.path.isdir(path):
         yield Problem(f"{key}: {path} is a folder", place, "name one file in it")
+        return
+    if what := not_a_file(path):
+        yield Problem(f"{key}: {path} is {what}, not a file", place, "name a file, which can be read more than once")
         return
     try:
         names = [entry.name for entry in path.parent.iterdir()]

@@ -21,6 +21,9 @@ from finetune.config.schema import Config, ineffective_keys
 from finetune.config.yaml_source import Document, Key, Place, read_document
 from finetune.errors import ConfigError, Problem
 
+MAX_SHOWN = 10
+"""More problems than this are counted, not listed: the first ones are what a person mends."""
+
 MAX_EXTENDS = 2
 """A config extends a recipe, a recipe at most one other: deeper chains cannot be read by looking at two files."""
 
@@ -70,7 +73,7 @@ def load(path: Path, overrides: Sequence[str] = (), *, references: bool = True) 
             if found is not None and found[0] not in faulty:
                 problems.append(Problem(f"{key} has no effect: {why}", str(places[found]), f"remove `{found[-1]}`"))
     if problems:
-        raise ConfigError(_in_order(problems))
+        raise ConfigError(_first(_in_order(problems), str(path)))
     assert config is not None
     sources = {dotted_key(key): str(places.get(key, "default")) for key in _leaves(config)}
     return LoadedConfig(config, path, sources, tuple(overrides))
@@ -126,6 +129,16 @@ def _in_order(problems: Sequence[Problem]) -> list[Problem]:
         return int(number) if number.isdecimal() else 0
 
     return sorted(dict.fromkeys(problems), key=line)
+
+
+def _first(problems: list[Problem], place: str) -> list[Problem]:
+    left = len(problems) - MAX_SHOWN
+    if left <= 0:
+        return problems
+    return [
+        *problems[:MAX_SHOWN],
+        Problem(f"… and {left} more", place, "mend these first"),
+    ]
 
 
 def _leaves(config: Config) -> Iterator[Key]:

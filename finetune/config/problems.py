@@ -112,8 +112,8 @@ def _value_problem(dotted: str, item: Mapping[str, Any], place: str, key: Key) -
     name = kind.split("_")[0]
     if kind.endswith(("_type", "_parsing", "_from_float")) and name in kinds:
         hint = explain
-        if isinstance(given, str) and name in ("int", "float") and re.fullmatch(r"[-+\d.eE_,]+", given):
-            hint = "write the number without quotes"
+        if isinstance(given, str) and name in ("int", "float"):
+            hint = _number_hint(given) or explain
         if name == "string" and isinstance(given, int | float):
             hint = "write it in quotes, so that it is text"
         if name == "bool" and str(given).lower() in ("yes", "no", "on", "off"):
@@ -129,6 +129,14 @@ def _value_problem(dotted: str, item: Mapping[str, Any], place: str, key: Key) -
         return f"{dotted}: must not be empty", place, explain
     message = str(item["msg"])
     return f"{dotted}: {message[0].lower()}{message[1:]}, got {shown}", place, explain
+
+
+def _number_hint(given: str) -> str | None:
+    """How to write what seems to be meant as a number: `"3"` is text because of its quotes, `1_000` is text as well."""
+    bare = re.sub(r"(?<=\d)[_,](?=\d)", "", given.strip())
+    if not re.fullmatch(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?", bare) or len(bare) > 40:
+        return None
+    return "write the number without quotes" if bare == given else f"write {bare}"
 
 
 def dotted_key(key: Key) -> str:

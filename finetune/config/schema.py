@@ -31,7 +31,13 @@ Format = Literal[
 class Section(BaseModel):
     """What all sections share: frozen, strict about types, closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,  # a value may be a token that somebody put in the wrong place
+    )
 
 
 class DataSource(Section):

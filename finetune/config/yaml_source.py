@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from finetune.errors import ConfigError, Problem
+from finetune.given_files import LFS_HINT, LFS_MESSAGE, is_lfs_pointer, not_a_file
 
 Key = tuple[str | int, ...]
 
@@ -27,6 +28,10 @@ MAX_BYTES = 100_000
 
 MAX_DEPTH = 16
 """The deepest value of a config stands four levels down."""
+
+_COMPOSED_DEPTH = MAX_DEPTH + 1
+"""The same for PyYAML, which counts the document itself, so that it stops there: a hundred thousand brackets would keep
+it busy for minutes, as each costs more than the one before."""
 
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -63,7 +68,9 @@ def read_document(path: Path, shown: str) -> Document:
     """
     text = _read_text(path, shown)
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=_Loader)
+    except _TooMuch as error:
+        raise _too_much(error, shown) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{shown}:{mark.line + 1}" if mark else shown
@@ -76,9 +83,7 @@ def read_document(path: Path, shown: str) -> Document:
             place=f"{shown}:{line}",
             hint="a config is a YAML text file; see `ft init`",
         ) from error
-    except RecursionError as error:
-        raise _too_deep(shown) from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError("not valid YAML", place=shown, hint="a config is a YAML text file; see `ft init`") from error
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(
@@ -94,7 +99,9 @@ def read_document(path: Path, shown: str) -> Document:
 def parse_value(text: str) -> tuple[Any, set[Key]]:
     """The value of `-s key=VALUE`, by the same rules as in a file, and the keys inside it where it has some."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=_Loader)
+    except _TooMuch as error:
+        raise _too_much(error, "-s") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         short = text if len(text) <= 60 else text[:57] + "..."
         raise ConfigError(f"{short!r} is not a YAML value", hint="quote it, or write a list as [a, b]") from error
@@ -129,6 +136,28 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_text)
 
 
+class _TooMuch(yaml.MarkedYAMLError):
+    """More values, or deeper ones, than a config has. Raised before the rest is parsed."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's parser, stopped where a text can be no config any more."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._count = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self._count += 1
+        self._depth += 1
+        if self._depth > _COMPOSED_DEPTH or self._count > MAX_NODES:
+            what = "nested too deep" if self._depth > _COMPOSED_DEPTH else f"more than {MAX_NODES:,} values"
+            raise _TooMuch(problem=what, problem_mark=self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
 def _tags(text: str, shown: str) -> Iterator[Problem]:
     """A problem for each tag. From the tokens, because the node of `!!str 3` no longer tells that there was one."""
     if "!" not in text:
@@ -140,8 +169,13 @@ def _tags(text: str, shown: str) -> Iterator[Problem]:
             yield Problem(f"the tag {handle or ''}{suffix} is not allowed", place, "a config holds plain values only")
 
 
-def _too_deep(place: str) -> ConfigError:
-    return ConfigError("nested too deep to be a config", place=place, hint="see `ft config explain` for what can stand")
+def _too_deep(place: str, what: str = "nested too deep") -> ConfigError:
+    return ConfigError(f"{what} to be a config", place=place, hint="see `ft config explain` for what can stand")
+
+
+def _too_much(error: _TooMuch, shown: str) -> ConfigError:
+    assert error.problem_mark is not None
+    return _too_deep(str(Place(shown, error.problem_mark.line + 1)), str(error.problem))
 
 
 class _Builder:
@@ -241,6 +275,12 @@ def _code_point(character: int | str) -> str:
 
 def _read_text(path: Path, shown: str) -> str:
     try:
+        if (path / "manifest.json").is_file():
+            raise ConfigError(
+                "this is a run, not a config",
+                place=shown,
+                hint=f"name the YAML file that it was made from; the run keeps a copy in {path / 'config.yaml'}",
+            )
         if path.is_dir():
             raise ConfigError(
                 "this is a folder, not a config", place=shown, hint=f"try one of {shown.rstrip('/')}/*.yaml"
@@ -249,18 +289,25 @@ def _read_text(path: Path, shown: str) -> str:
             raise ConfigError(
                 "this is data, not a config", place=shown, hint=f"`ft init --data {shown}` writes a config for it"
             )
-        if path.stat().st_size > MAX_BYTES:
+        if what := not_a_file(path):
+            # Waiting for a pipe's other end would look like a config that takes for ever to check.
+            raise ConfigError(f"this is {what}, not a file", place=shown, hint="a config is a YAML text file")
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
             raise ConfigError(
                 "this file is too large to be a config", place=shown, hint="name the YAML file, not the data or weights"
             )
-        return path.read_bytes().decode("utf-8-sig")
+        if is_lfs_pointer(content):
+            raise ConfigError(LFS_MESSAGE, place=shown, hint=LFS_HINT)
+        return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError("no such file", place=shown, hint=_nearest_file(path)) from None
     except UnicodeDecodeError as error:
         raise ConfigError("not a text file in UTF-8", place=shown, hint="a config is a YAML text file") from error
     except OSError as error:
         raise ConfigError(
-            f"cannot be read: {error.strerror}", place=shown, hint="check the path's permissions"
+            f"cannot be read: {error.strerror}", place=shown, hint="check the path and its permissions"
         ) from error
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from finetune.data.conversation import REASONING, Conversation, Message
 from finetune.data.jinja import TemplateRefusal
+from finetune.data.limits import bounded, check_length
 from finetune.data.symbolic import (
     Condition,
     Content,
@@ -29,9 +30,11 @@ from finetune.data.symbolic import (
     Session,
     SymbolicEnvironment,
     Untracked,
+    grows,
     whole,
 )
 from finetune.data.template import MARKER, ChatTemplate
+from finetune.errors import BaseError
 
 Span = tuple[int, int]
 
@@ -40,6 +43,9 @@ MAX_OUTLINES = 16
 
 MAX_SHAPES = 2000
 
+
+REPEATED = 8
+"""Parts for each of a conversation's texts. With more, an outline is filled within bounds."""
 
 NEXT = Content(-1)
 """A user's turn that is not there, to see what a template writes before it."""
@@ -69,19 +75,30 @@ class _Outline:
     checks: tuple[tuple[int, int, int, str], ...]
     """(number of a text, first part, part after the last, complaint): texts that were changed on the way, to be looked
     for in what came out there."""
+    origin: str
+    """The template, for messages."""
+    grows: bool
+    """Whether what comes out can be much longer than the contents are."""
 
     def attempt(self, values: Sequence[str]) -> Rendered | None:
         """The conversation with these texts, or None where the outline does not fit it."""
         try:
-            return self.fill(values) if all(condition.holds(values) for condition in self.conditions) else None
-        except TemplateRefusal:
+            return bounded(self.origin, lambda: self._attempt(values)) if self.grows else self._attempt(values)
+        except BaseError:
             raise
         except Exception:  # what an operation does to another text, such as ask for a character that it has not
             return None
 
     def fill(self, values: Sequence[str]) -> Rendered:
+        return bounded(self.origin, lambda: self._fill(values))
+
+    def _attempt(self, values: Sequence[str]) -> Rendered | None:
+        return self._fill(values) if all(condition.holds(values) for condition in self.conditions) else None
+
+    def _fill(self, values: Sequence[str]) -> Rendered:
         texts = [part if isinstance(part, str) else part.of(values) for part in self.parts]
         begins = [0, *accumulate(map(len, texts))]
+        check_length(begins[-1], self.origin)
         spans = [(begins[first], begins[after]) for first, after in self.answers]
         for index, first, after, complaint in self.checks:
             if not _appears(values[index], "".join(texts[first:after])):
@@ -187,7 +204,16 @@ class _Symbolic:
         checks = self._checks(parts, dict(zip(trained, answers, strict=True)), everything)
         # What was asked about the question that `_closing` made up is nobody's.
         asked = [condition for condition in self._session.conditions if NEXT.index not in condition.sources()]
-        return _Outline(tuple(parts), answers, self._contents_of(parts), tuple(dict.fromkeys(asked)), tuple(checks))
+        conditions = tuple(dict.fromkeys(asked))
+        return _Outline(
+            tuple(parts),
+            answers,
+            self._contents_of(parts),
+            conditions,
+            tuple(checks),
+            self._template.origin,
+            grows=len(parts) > REPEATED * (len(self._session.values) + 1) or any(map(grows, (*parts, *conditions))),
+        )
 
     def _begin(self, full: list[Part], index: int) -> Cut:
         prompt = self._render(index, add_generation_prompt=True)

@@ -21,7 +21,7 @@ from typing import Any
 from finetune import __version__
 from finetune.config.files import source_files
 from finetune.config.schema import Config, DataSource, is_local_data
-from finetune.runs.files import storage_errors, sync_folder, write_json
+from finetune.runs.files import replace_folder, storage_errors, write_json
 
 KEPT = 4
 """Prepared datasets that are kept; the one that was used longest ago goes first. Trying out a few settings in turn is
@@ -105,10 +105,7 @@ class Cache:
     def keep(self, partial: Path, key: str) -> Path:
         """Give a folder that is whole its name."""
         final = self._folder / key
-        with storage_errors(final):
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            sync_folder(self._folder)
+        replace_folder(partial, final)
         self._evict()
         return final
 

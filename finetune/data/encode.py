@@ -21,6 +21,7 @@ from finetune.data.duplicates import exact_keys, signatures
 from finetune.data.formats import convert
 from finetune.data.jinja import TemplateRefusal
 from finetune.data.languages import language_counts
+from finetune.data.limits import bounds
 from finetune.data.quality import Findings, scan
 from finetune.data.read import Chunk
 from finetune.data.template import refusal
@@ -190,12 +191,13 @@ class Encoder:
     def _rows(self, conversations: Sequence[Conversation], found: Encoded) -> list[_Row]:
         """Render and tokenise. The order of the rows is kept."""
         rendered: list[tuple[Conversation, Rendered | None]] = []
-        for conversation in conversations:
-            try:
-                rendered.append((conversation, self._rendered(conversation)))
-            except TemplateRefusal as reason:
-                assert self._finder is not None
-                self._wrong(refusal(self._finder.template, reason, conversation.place), found)
+        with bounds(self._finder.template.origin if self._finder is not None else ""):
+            for conversation in conversations:
+                try:
+                    rendered.append((conversation, self._rendered(conversation)))
+                except TemplateRefusal as reason:
+                    assert self._finder is not None
+                    self._wrong(refusal(self._finder.template, reason, conversation.place), found)
         chats = iter(self._chats([(conversation, text) for conversation, text in rendered if text is not None]))
         texts = iter(self._texts([conversation for conversation, text in rendered if text is None]))
         return [next(texts) if text is None else next(chats) for _, text in rendered]

@@ -14,6 +14,9 @@ from finetune.data.read import Row
 from finetune.data.turns import check_order, field_error, read_tools, read_turn, read_turns, shown
 from finetune.errors import DataError
 
+MAX_TEXT = 20_000_000
+"""Characters in a row: several times the longest book. Tokenising takes fifty bytes of memory for each."""
+
 
 def detect_format(rows: Sequence[Row]) -> str:
     """The one format that these rows fit, by their columns. A row that fits none is wrong in whichever it is.
@@ -44,8 +47,16 @@ def detect_format(rows: Sequence[Row]) -> str:
 def convert(row: Row, format_: str) -> Conversation:
     """One row as a conversation. Raises DataError when a field is missing, empty or of the wrong type."""
     conversation = _CONVERTERS[format_](row)
+    length = len(conversation.text or "")
     if format_ != "text":
         check_order(row, conversation.messages)
+        length = sum(len(message.content) for message in conversation.messages)
+    if length > MAX_TEXT:
+        raise DataError(
+            f"is a text of {length:,} characters, and {MAX_TEXT:,} are the most that can be taken in at once",
+            place=row.place,
+            hint="cut it into several rows; a line end or a quote may be missing",
+        )
     return conversation
 
 

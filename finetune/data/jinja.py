@@ -54,3 +54,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         strftime_now: Callable[[str], str] = today.strftime
         self.filters["tojson"] = tojson
         self.globals.update(raise_exception=_raise_exception, strftime_now=strftime_now)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Jinja's sandbox, and no attribute of a class: `dict.update(message, …)` would change what it is given."""
+        return not isinstance(obj, type) and super().is_safe_attribute(obj, attr, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,8 @@ MAX_PROCESSES = 16
 AHEAD = 2
 """Chunks under way for each process: enough to keep it busy, few enough to keep memory flat."""
 
+_PR_SET_PDEATHSIG = 1
+
 _encoder: Encoder | None = None
 """What a worker encodes with. Set before the processes are forked, so that they share its vocabulary's memory."""
 
@@ -43,7 +46,7 @@ def encoded(encoder: Encoder, tasks: Iterable[Task]) -> Iterator[Encoded]:
     _encoder = encoder
     try:
         context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(processes, mp_context=context, initializer=_start) as pool:
+        with ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(os.getpid(),)) as pool:
             under_way: deque[Future[Encoded]] = deque()
             try:
                 for task in chain(first, remaining):
@@ -67,11 +70,21 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start() -> None:
-    # Ctrl-C reaches every process in the terminal's group; the one that the person started answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start(parent: int) -> None:
+    # A signal for the terminal's group reaches every process in it; the one that the person started answers it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    # That one may be killed. Who waits for its next task would then wait for ever, and hold the run's lock.
+    _end_with(parent)
     # The tokenizer's own threads would compete with the other processes.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _end_with(parent: int) -> None:
+    """Have the system kill this process when the one that forked it ends (prctl(2), Linux alone)."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before this
+        os._exit(1)
 
 
 def _encode(task: Task) -> Encoded:

@@ -27,6 +27,7 @@ from finetune.data.duplicates import count_duplicates, near_duplicates
 from finetune.data.encode import Encoded, Encoder, Task, split_order
 from finetune.data.formats import convert, detect_format
 from finetune.data.jinja import TemplateRefusal
+from finetune.data.limits import bounds
 from finetune.data.pack import pack
 from finetune.data.parallel import encoded
 from finetune.data.quality import length_outliers
@@ -37,6 +38,7 @@ from finetune.data.take import taken
 from finetune.data.template import ChatTemplate, choose_template, training_version
 from finetune.data.tokenizer import Tokenizer, load_tokenizer
 from finetune.errors import BaseError, DataError
+from finetune.runs import manifest
 
 DETECT_ROWS = 100
 """How many rows decide the format, and which form of a chat template. The rest must fit them, or are errors."""
@@ -110,9 +112,10 @@ def prepare(
     """Read, convert, tokenise, mask, split and pack, or find it done already. Raises DataError or BaseError.
 
     `cache` is the folder where prepared data is kept; without it, it goes when the object does. `on_progress` is called
-    with the number of rows read.
+    with the number of rows read. `today` is the day that a template is told (`runs.manifest.day_of`).
     """
-    today = today or datetime.datetime.now()
+    # Data that was prepared in the morning is found again in the evening: no template is told the time.
+    today = datetime.datetime.combine(today or manifest.today(), datetime.time())
     temporary = Path(tempfile.mkdtemp(prefix="ft-data-")) if cache is None else None
     kept = Cache(temporary or cache or Path())
     try:
@@ -255,11 +258,12 @@ class _Preparation:
         ways: list[tuple[int, AnswerFinder, str]] = []
         for finder, what in _ways(own):
             refused = 0
-            for conversation in chats:
-                try:
-                    finder.render(conversation, conversation.trained(loss_on) if loss_on != "all" else None)
-                except TemplateRefusal:
-                    refused += 1
+            with bounds(own.origin):
+                for conversation in chats:
+                    try:
+                        finder.render(conversation, conversation.trained(loss_on) if loss_on != "all" else None)
+                    except TemplateRefusal:
+                        refused += 1
             ways.append((refused, finder, what))
             if not refused:
                 break

@@ -264,6 +264,10 @@ class Packs(Sequence[npt.NDArray[np.int64]]):
         index %= len(self)
         return self._packed[self._begins[index] : self._begins[index + 1]]
 
+    def lengths(self, rows: Indices) -> Indices:
+        """Tokens of each pack, from the tokens of each training row."""
+        return np.add.reduceat(rows[self._packed], self._begins[:-1])
+
 
 def _begins(lengths: Sequence[npt.NDArray[np.int64]]) -> Indices:
     return np.concatenate(([0], np.cumsum(np.concatenate(lengths)) if lengths else [])).astype(np.int64)

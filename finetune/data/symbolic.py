@@ -39,6 +39,8 @@ class Operation:
     args: tuple[Any, ...] = ()
     trims: bool = False
     """Only takes white space away at the ends."""
+    grows: bool = False
+    """May make much more of a text than it is, by what it puts in or around it."""
 
     def __call__(self, value: str) -> Any:
         return self.function(value, *self.args)
@@ -129,6 +131,19 @@ def whole(expression: Expression) -> bool:
     return isinstance(expression, Content)
 
 
+def grows(made: Part | Condition | Same) -> bool:
+    """Whether there is an operation in it that may make much more of a text than it is."""
+    match made:
+        case Made() | Condition():
+            return made.operation.grows or grows(made.base)
+        case Joined():
+            return any(map(grows, made.parts))
+        case Same():
+            return grows(made.one) or grows(made.other)
+        case _:
+            return False
+
+
 @dataclass
 class Session:
     """The symbols of one conversation, and what was asked about them."""
@@ -200,7 +215,8 @@ class Session:
         if isinstance(result, str):
             return self.symbol(Made(expression, operation))
         if isinstance(result, list | tuple) and all(isinstance(piece, str) for piece in result):
-            self.conditions.append(Condition(expression, Operation(_as_list, (operation,)), len(result)))
+            counted = Operation(_as_list, (operation,), grows=operation.grows)
+            self.conditions.append(Condition(expression, counted, len(result)))
             pieces = [self.symbol(Made(expression, operation, number)) for number in range(len(result))]
             return tuple(pieces) if isinstance(result, tuple) else pieces
         if not isinstance(result, bool | int | float | None):
@@ -225,6 +241,7 @@ def _flat(expression: Expression) -> Iterator[Part]:
 
 
 _TRIMMING = ("strip", "lstrip", "rstrip")
+_GROWING = ("center", "expandtabs", "join", "ljust", "replace", "rjust", "translate", "zfill")
 _METHODS = frozenset(name for name in dir(str) if not name.startswith("_")) - {"format", "format_map", "encode"}
 
 
@@ -315,7 +332,7 @@ def _method(symbol: Symbol, name: str, *args: Any) -> Any:
     if name == "join" or any(isinstance(arg, Symbol) for arg in args):
         raise Untracked(name)
     trims = name in _TRIMMING and (not args or args[0] is None or not str(args[0]).strip())
-    return symbol.session.apply(symbol, Operation(getattr(str, name), args, trims))
+    return symbol.session.apply(symbol, Operation(getattr(str, name), args, trims, name in _GROWING))
 
 
 class SymbolicEnvironment(ChatEnvironment):
@@ -367,6 +384,12 @@ class SymbolicEnvironment(ChatEnvironment):
     def getattr(self, obj: Any, attribute: str) -> Any:
         return super().getattr(self.session.tracked(obj), attribute)
 
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """What makes a symbol of a text is not the template's: a text has no such attributes."""
+        if isinstance(obj, partial) or (isinstance(obj, Symbol) and attr not in _METHODS):
+            raise Untracked("an attribute that texts do not have")
+        return super().is_safe_attribute(obj, attr, value)
+
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str) and not isinstance(owner, Symbol):
@@ -399,7 +422,8 @@ class SymbolicEnvironment(ChatEnvironment):
             if kwargs:
                 fixed = partial(fixed, **kwargs)
             known = self._known.setdefault((name, is_test, tuple(sorted(kwargs.items()))), fixed)
-            return self.session.apply(value, Operation(known, args[1:], trims=name == "trim" and not args[1:]))
+            trims = name == "trim" and not args[1:]
+            return self.session.apply(value, Operation(known, args[1:], trims, not is_test and name not in _SHORT))
 
         if passed is not None:
             followed.jinja_pass_arg = passed  # type: ignore[attr-defined]
@@ -414,6 +438,9 @@ class SymbolicEnvironment(ChatEnvironment):
 
 _UNCHANGING = ("string", "default", "d")
 """Filters that give a text back as it is."""
+
+_SHORT = ("count", "first", "int", "last", "length", "lower", "trim", "upper")
+"""Filters whose result is about as long as the text, or shorter."""
 
 _TYPE_TESTS = (
     *("string", "mapping", "iterable", "sequence", "number", "integer", "float", "boolean", "callable"),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.data.conversation import Message
 from finetune.data.jinja import TemplateRefusal
+from finetune.data.limits import bounded, check_length
 from finetune.data.tokenizer import Tokenizer
 from finetune.errors import BaseError, DataError
 
@@ -48,6 +49,10 @@ PLAIN = (
 )
 
 
+LONGEST = 2**20
+"""Characters of a template. The longest of 70 real ones has 17,000."""
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A chat template with the special tokens that it may write."""
@@ -66,11 +71,20 @@ class ChatTemplate:
         return self.compiled_in(ChatEnvironment(self.today))
 
     def compiled_in(self, environment: jinja2.Environment) -> jinja2.Template:
-        """Raises BaseError for a template that is not Jinja."""
+        """Raises BaseError for a template that is not Jinja, or too much of it."""
         import jinja2
 
+        if len(self.source) > LONGEST:
+            raise BaseError(
+                f"the chat template has {len(self.source):,} characters; {LONGEST:,} are the most that is read",
+                place=self.origin,
+                hint="give another with `chat_template: chatml | plain | path.jinja`",
+            )
         try:
-            return environment.from_string(self.source)
+            # Within bounds, because Jinja works out what is constant while it compiles.
+            return bounded(self.origin, lambda: environment.from_string(self.source))
+        except (BaseError, MemoryError):
+            raise
         except Exception as error:  # Jinja's own errors, and what Python's compiler says to the code it made
             line = error.lineno if isinstance(error, jinja2.TemplateSyntaxError) else None
             raise BaseError(
@@ -113,10 +127,13 @@ class ChatTemplate:
         tools: Sequence[dict[str, Any]],
         add_generation_prompt: bool,
     ) -> str:
-        """Like `render`, of messages that are dicts already, in any environment (`compiled_in`)."""
+        """Like `render`, of messages that are dicts already, in any environment (`compiled_in`).
+
+        Raises BaseError, which ends the preparation, for a template that goes beyond `limits.py`.
+        """
         from finetune.data.symbolic import Untracked
 
-        try:
+        def rendered() -> str:
             return compiled.render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
@@ -124,10 +141,15 @@ class ChatTemplate:
                 documents=None,
                 **self.special,
             )
-        except (BaseError, Untracked):
+
+        try:
+            text = bounded(self.origin, rendered)
+        except (BaseError, Untracked, MemoryError):
             raise
         except Exception as error:  # a template is a program: it can fail in any way
             raise TemplateRefusal(_reason(error)) from error
+        check_length(str.__len__(text), self.origin)  # of a symbol, its placeholder's
+        return text
 
 
 def _reason(error: Exception) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import BaseError
+from finetune.given_files import LFS_HINT, LFS_MESSAGE, is_lfs_pointer, not_a_file
 
 if TYPE_CHECKING:
     import tokenizers
@@ -96,6 +97,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
+        if _begins_as_pointer(path):
+            raise BaseError(LFS_MESSAGE, place=str(path), hint=LFS_HINT) from error
         raise BaseError(
             "tokenizer.json cannot be read", place=str(path), hint="download the model again: this file is damaged"
         ) from error
@@ -182,8 +185,18 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
+def _begins_as_pointer(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return is_lfs_pointer(file.read(60))
+    except OSError:
+        return False
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if what := not_a_file(path):
+        raise BaseError(f"is {what}, not a file", place=str(path), hint="download the model again")
+    if not path.exists():
         return {}
     try:
         value = json.loads(path.read_text("utf-8"))
@@ -191,4 +204,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise BaseError(
             "cannot be read", place=str(path), hint="download the model again: this file is damaged"
         ) from error
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        raise BaseError("is not a mapping", place=str(path), hint="download the model again: this file is damaged")
+    return value

@@ -16,8 +16,10 @@ from finetune.data.conversation import Conversation
 from finetune.data.prepare import PreparedData
 from finetune.data.store import IGNORED, TokenRow
 from finetune.data.template import end_of_turn
+from finetune.errors import TrainingError
 from finetune.model.base import LoadedModel
 from finetune.model.generate import greedy
+from finetune.model.memory import in_fitting_batches, is_out_of_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -135,43 +137,68 @@ def held_out_loss(
 
     Summed in float64 from float32 logits. Every token counts alike, so long answers weigh more than short ones.
     """
-    import torch
-
-    total, tokens = 0.0, 0
+    total, tokens, done = 0.0, 0, 0
     was_training = model.training
     model.eval()
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
     batch_tokens = BATCH_LOGITS // model.config.vocab_size
     batches: list[list[TokenRow]] = []
-    for index in order:
-        row = rows[index]
-        if not batches or (len(batches[-1]) + 1) * len(row.ids) > batch_tokens:
+    # The longest first: if memory does not suffice, that is known at once.
+    for row in sorted(rows, key=lambda row: -len(row.ids)):
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0].ids) > batch_tokens:
             batches.append([])
         batches[-1].append(row)
-    done = 0
-    for batch in batches:
-        width = max(len(row.ids) for row in batch)
-        ids = np.full((len(batch), width), pad_id, dtype=np.int64)
-        labels = np.full((len(batch), width), IGNORED, dtype=np.int64)
-        for line, row in enumerate(batch):
-            ids[line, : len(row.ids)] = row.ids
-            labels[line, : len(row.ids)] = row.labels()
-        with torch.inference_mode():
-            # Padding stands on the right, where causal attention never looks from the left.
-            logits = model(input_ids=torch.from_numpy(ids).to(model.device), use_cache=False).logits[:, :-1]
-            wanted = torch.from_numpy(labels[:, 1:]).to(logits.device)
-            for line in range(len(batch)):
-                for begin in range(0, width - 1, SLICE):
-                    some = slice(begin, begin + SLICE)
-                    loss = torch.nn.functional.cross_entropy(
-                        logits[line, some].float(), wanted[line, some], ignore_index=-100, reduction="sum"
-                    )
-                    total += float(loss)
-        tokens += int((labels[:, 1:] != -100).sum())
+    for batch, (loss, counted) in in_fitting_batches(batches, partial(_batch_loss, model, pad_id)):
+        total += loss
+        tokens += counted
         done += len(batch)
         on_progress(done, len(rows))
     model.train(was_training)
     return total / max(tokens, 1), tokens
+
+
+def try_longest(data: PreparedData, loaded: LoadedModel) -> None:
+    """Evaluate the longest held-out row, to no other end than to see that memory suffices for it.
+
+    Raises TrainingError if it does not: after hours of training is the wrong moment to learn it.
+    """
+    if not data.held_out:
+        return
+    longest = data.held_out[int(data.held_out.lengths.argmax())]
+    try:
+        held_out_loss(loaded.model, [longest], data.tokenizer.pad_id, lambda done, total: None)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"out of memory on {loaded.hardware.name}, evaluating a row of {len(longest.ids):,} tokens",
+            place=longest.place,
+            hint="lower train.sequence_length, or leave such rows out of evaluation.path",
+        ) from error
+
+
+def _batch_loss(model: PreTrainedModel, pad_id: int, batch: Sequence[TokenRow]) -> tuple[float, int]:
+    """Summed negative log likelihood of some rows, and how many tokens with loss they have."""
+    import torch
+
+    width = max(len(row.ids) for row in batch)
+    ids = np.full((len(batch), width), pad_id, dtype=np.int64)
+    labels = np.full((len(batch), width), IGNORED, dtype=np.int64)
+    for line, row in enumerate(batch):
+        ids[line, : len(row.ids)] = row.ids
+        labels[line, : len(row.ids)] = row.labels()
+    total = 0.0
+    with torch.inference_mode():
+        # Padding stands on the right, where causal attention never looks from the left.
+        logits = model(input_ids=torch.from_numpy(ids).to(model.device), use_cache=False).logits[:, :-1]
+        wanted = torch.from_numpy(labels[:, 1:]).to(logits.device)
+        for line in range(len(batch)):
+            for begin in range(0, width - 1, SLICE):
+                some = slice(begin, begin + SLICE)
+                loss = torch.nn.functional.cross_entropy(
+                    logits[line, some].float(), wanted[line, some], ignore_index=IGNORED, reduction="sum"
+                )
+                total += float(loss)
+    return total, int((labels[:, 1:] != IGNORED).sum())
 
 
 def _answers(config: Config, data: PreparedData, model: PreTrainedModel, rows: Sequence[Conversation]) -> list[str]:

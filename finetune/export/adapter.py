@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import ExportError, Problem, RunError
+from finetune.errors import ExportError, Problem, RunError, few
 from finetune.export.adapter_checks import LONGEST_NAME, incomplete, refused_settings, require_numbers
 from finetune.export.lora import LoraModule, scaling
 from finetune.export.safetensors_io import Checkpoint, open_file
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_AGAIN = "restore it, or train again with --fresh"
+_OTHER = "this is not, or not all of, what `ft train` saves: restore it, or train again with --fresh"
 
 _LORA = re.compile(
     r"base_model\.model\.(?P<module>.+)\."
@@ -120,14 +123,14 @@ def read_adapter(folder: Path) -> Adapter:
         raise RunError(
             f"there is no {WEIGHTS}",
             place=str(folder),
-            hint="weights in the pickle format are never read" if any(folder.glob("*.bin")) else None,
+            hint="weights in the pickle format are never read" if any(folder.glob("*.bin")) else _AGAIN,
         )
     stored = open_file(weights)
-    problems = [Problem(message, str(folder / CONFIG)) for message in refused_settings(config)]
+    problems = [Problem(message, str(folder / CONFIG), _OTHER) for message in few(refused_settings(config))]
     adapter, refused = _sort_tensors(folder, config, stored, usable=not problems)
-    problems += [Problem(message, str(weights)) for message in refused]
+    problems += [Problem(message, str(weights), _OTHER) for message in few(refused)]
     if not problems:
-        problems = [Problem(message, str(weights)) for message in incomplete(adapter)]
+        problems = [Problem(message, str(weights), _OTHER) for message in few(incomplete(adapter))]
     if problems:
         raise ExportError(problems)
     require_numbers(adapter)
@@ -139,11 +142,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RunError(f"there is no {CONFIG}", place=str(folder)) from error
+        raise RunError(f"there is no {CONFIG}", place=str(folder), hint=_AGAIN) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"is not valid JSON: {error}", place=str(path)) from error
+        raise RunError(f"is not valid JSON: {error}", place=str(path), hint=_AGAIN) from error
     if not isinstance(config, dict):
-        raise RunError("is not a table", place=str(path))
+        raise RunError("is not a table", place=str(path), hint=_AGAIN)
     return config
 
 

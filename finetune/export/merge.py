@@ -18,8 +18,8 @@ from typing import Any
 
 from finetune.errors import ExportError
 from finetune.export.merged import BasePrecision, DType, MergedWeights, merged_model
-from finetune.export.partial import copy_file, partial_folder, refuse_existing, require_space, write_text
 from finetune.export.safetensors_io import CheckpointWriter
+from finetune.runs.files import copy_file, partial_folder, refuse_existing, require_space, write_text
 
 OnTensor = Callable[[int, int, str], None]
 """Called before each tensor is begun with how many were begun before, how many there are, and this one's name."""
@@ -75,9 +75,12 @@ def merge(
         base, adapter, tokenizer=tokenizer, dtype=dtype, base_precision=base_precision, recorded=recorded
     )
     planned = list(model.weights.tensors.values())
-    require_space(out, sum(tensor.nbytes for tensor in planned) + _SMALL_FILES_BYTES)
-    with partial_folder(out) as folder:
-        with CheckpointWriter(folder, planned) as writer:
+    needed = sum(tensor.nbytes for tensor in planned) + _SMALL_FILES_BYTES
+    require_space(out.parent, needed, "the merged model")
+    with partial_folder(out, needed=needed) as folder:
+        writer = CheckpointWriter(folder, planned)
+        require_space(folder, needed, "the merged model", largest=writer.largest_bytes)
+        with writer:
             _write_all(writer, model.weights, on_tensor)
         model.require_change()
         write_text(folder / "config.json", json.dumps(model.config, indent=2) + "\n")

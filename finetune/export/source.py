@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_AGAIN = "download the model again: its config.json is missing or damaged"
+
+
 class Weights(Protocol):
     """Tensors by name. `Checkpoint` is one; so is a base with its adapter."""
 
@@ -61,9 +64,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise BaseError("there is no config.json", place=str(folder)) from error
+        raise BaseError("there is no config.json", place=str(folder), hint=_AGAIN) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise BaseError(f"is not valid JSON: {error}", place=str(path)) from error
+        raise BaseError(f"is not valid JSON: {error}", place=str(path), hint=_AGAIN) from error
     if not isinstance(config, dict):
-        raise BaseError("is not a table", place=str(path))
+        raise BaseError("is not a table", place=str(path), hint=_AGAIN)
     return config

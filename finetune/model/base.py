@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.config.schema import Config
 from finetune.errors import BaseError, TrainingError
 from finetune.model.hardware import Hardware
+from finetune.model.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,12 +42,8 @@ def load_base(config: Config, folder: Path, hardware: Hardware) -> LoadedModel:
             local_files_only=True,
             use_safetensors=True,
         )
-    except MemoryError as error:
-        raise TrainingError(
-            "the base does not fit into memory", place=config.base, hint="use a smaller base"
-        ) from error
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        if _is_out_of_memory(error):
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
             raise TrainingError(
                 f"the base does not fit into the memory of {hardware.name}",
                 place=config.base,
@@ -101,9 +98,3 @@ def _keep_trainable_on_cpu(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from finetune.model.memory import in_fitting_batches
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -25,11 +27,12 @@ def greedy(
     import torch
 
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
     answers: dict[int, list[int]] = {}
     was_training = model.training
     model.eval()
-    for begin in range(0, len(order), batch_size):
-        batch = order[begin : begin + batch_size]
+
+    def answer(batch: Sequence[int]) -> list[list[int]]:
         width = max(len(prompts[index]) for index in batch)
         ids = torch.full((len(batch), width), pad_id, dtype=torch.long)
         mask = torch.zeros((len(batch), width), dtype=torch.long)
@@ -47,8 +50,10 @@ def greedy(
                 eos_token_id=list(stop_ids),
                 pad_token_id=pad_id,
             )
-        for line, index in enumerate(batch):
-            answers[index] = until_stop(written[line, width:].tolist(), stop_ids)
+        return [until_stop(line, stop_ids) for line in written[:, width:].tolist()]
+
+    for batch, written in in_fitting_batches(batches, answer):
+        answers.update(zip(batch, written, strict=True))
     model.train(was_training)
     return (answers[index] for index in range(len(prompts)))
 

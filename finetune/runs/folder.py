@@ -26,11 +26,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.errors import RunError, StorageError
+from finetune.given_files import LFS_HINT, LFS_MESSAGE, is_lfs_pointer, not_a_file
 from finetune.runs.files import storage_errors, write_json
+from finetune.safetensors_heads import parse_header
 
 State = Literal["running", "interrupted", "failed", "finished"]
 
 DEFAULT_RUNS = Path("runs")
+
+FORMAT = 1
+"""What a manifest's `format` says: how a run folder is laid out. A higher one was made by a later ft."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ class RunFolder:
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest, or an error that says what is wrong with the folder."""
+        if what := not_a_file(self.manifest):
+            raise RunError(f"is {what}, not a file", place=str(self.manifest), hint="restore it, or train with --fresh")
         try:
             value = json.loads(self.manifest.read_text("utf-8"))
         except FileNotFoundError:
@@ -101,6 +108,13 @@ class RunFolder:
             ) from error
         if not isinstance(value, dict):
             raise RunError("manifest.json is not a mapping", place=str(self.manifest), hint="train with --fresh")
+        format_ = value.get("format", FORMAT)
+        if type(format_) is not int or not 1 <= format_ <= FORMAT:
+            raise RunError(
+                f"this run has the format {str(format_)[:20]}, and this ft knows up to {FORMAT}",
+                place=str(self.manifest),
+                hint="use the ft that made it, or a newer one",
+            )
         return value
 
     def update_manifest(self, **fields: Any) -> None:
@@ -118,7 +132,7 @@ class RunFolder:
 
     def create(self) -> None:
         with storage_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds answers and a log
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -192,12 +206,22 @@ def open_run(path: Path, runs: Path = DEFAULT_RUNS) -> RunFolder:
             run = RunFolder(candidate)
             run.read_manifest()
             return run
+    for candidate in (path, runs / path):
+        if candidate.is_file():
+            raise _not_a_run(path, candidate)
     from difflib import get_close_matches
 
     names = sorted(entry.name for entry in runs.iterdir()) if runs.is_dir() else []
     close = get_close_matches(path.name, names, n=1)
     hint = f"did you mean {runs / close[0]}?" if close else "`ft runs` lists the runs; `ft train CONFIG` makes one"
     raise RunError("no such run", place=str(path), hint=hint)
+
+
+def _not_a_run(path: Path, file: Path) -> RunError:
+    if file.suffix in (".yaml", ".yml"):
+        hint = f"name the run that `ft train {path}` made; `ft runs` lists them"
+        return RunError("this is a config, not a run", place=str(path), hint=hint)
+    return RunError("this is a file, not a run folder", place=str(path), hint="`ft runs` lists the runs")
 
 
 def finished_run(path: Path, runs: Path = DEFAULT_RUNS) -> RunFolder:
@@ -211,8 +235,32 @@ def finished_run(path: Path, runs: Path = DEFAULT_RUNS) -> RunFolder:
     return run
 
 
+def check_adapter(run: RunFolder) -> None:
+    """Raise RunError or StorageError unless a run's adapter is whole, as far as heads tell. Nothing is loaded.
+
+    For whoever hands the adapter to PEFT, which would say so after the base is in memory, or ask the Hub for it.
+    """
+    path = run.adapter / "adapter_config.json"
+    again = "restore it, or train again with --fresh"
+    try:
+        text = path.read_bytes()
+        settings = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        pointer = isinstance(error, ValueError) and is_lfs_pointer(text)
+        message = LFS_MESSAGE if pointer else "cannot be read"
+        raise RunError(message, place=str(path), hint=LFS_HINT if pointer else again) from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
+        raise RunError("does not say what kind of adapter this is (peft_type)", place=str(path), hint=again)
+    weights = run.adapter / "adapter_model.safetensors"
+    if not weights.exists():
+        raise RunError("there is no adapter_model.safetensors", place=str(run.adapter), hint=again)
+    parse_header(weights)
+
+
 def list_runs(runs: Path) -> list[RunFolder]:
-    """Every run below a folder, by name."""
+    """Every run below a folder, by name. Raises RunError where a file is in the folder's place."""
+    if runs.is_file():
+        raise RunError("this is a file, not a folder of runs", place=str(runs), hint="`--runs FOLDER` names another")
     if not runs.is_dir():
         return []
     return [RunFolder(entry) for entry in sorted(runs.iterdir()) if (entry / "manifest.json").is_file()]

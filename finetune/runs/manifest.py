@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from finetune.config.files import source_files
 from finetune.config.load import LoadedConfig
 from finetune.config.schema import Config, is_local_data
 from finetune.config.yaml_source import dump
+from finetune.redaction import redacted, redacted_command
 
 LIBRARIES = (
     "torch",
@@ -39,8 +42,8 @@ def provenance(loaded: LoadedConfig) -> dict[str, Any]:
         "format": 1,
         "state": "running",
         "config_path": str(loaded.path),
-        "overrides": list(loaded.overrides),
-        "command": sys.argv,
+        "overrides": [redacted(override) for override in loaded.overrides],
+        "command": redacted_command(sys.argv),
         "base": config.base,
         "revision": config.revision,
         "data": {str(file): sha256(file) for file in files},
@@ -88,8 +91,23 @@ def sha256(path: Path) -> str:
 
 
 def today() -> datetime.datetime:
-    """The day that chat templates are told."""
-    return datetime.datetime.now()
+    """The day that chat templates are told: UTC's, which is the same wherever a run is gone on with."""
+    return _midnight(datetime.datetime.now(datetime.UTC).date())
+
+
+def day_of(manifest: Mapping[str, Any]) -> datetime.datetime:
+    """The day that a run tells its chat template: the one on which it began (`day`), and today before it has.
+
+    Templates that write the date (Llama 3's) would otherwise make another model of a run that goes on after midnight.
+    """
+    for written in (manifest.get("day"), str(manifest.get("started"))[:10]):
+        with contextlib.suppress(TypeError, ValueError):
+            return _midnight(datetime.date.fromisoformat(written))  # type: ignore[arg-type]  # a file's word
+    return today()
+
+
+def _midnight(day: datetime.date) -> datetime.datetime:
+    return datetime.datetime.combine(day, datetime.time())
 
 
 def timestamp() -> str:

@@ -12,6 +12,19 @@ from finetune.config.schema import Config
 from finetune.errors import MissingExtraError, WorldError
 from finetune.runs.folder import RunFolder
 
+_NUMBERS_ALONE = {
+    "WANDB_PROJECT": "finetune",
+    "WANDB_SILENT": "true",
+    # By itself, wandb also takes what is printed, the command line, the addresses of git's remotes, the names of the
+    # machine and of its user, and reports its own errors. Metrics, settings and how busy the machine was are enough.
+    "WANDB_CONSOLE": "off",
+    "WANDB_DISABLE_CODE": "true",
+    "WANDB_DISABLE_GIT": "true",
+    "WANDB__DISABLE_META": "true",
+    "WANDB__DISABLE_MACHINE_INFO": "true",
+    "WANDB_ERROR_REPORTING": "false",
+}
+
 
 def check_tracking(config: Config) -> None:
     """Everything the tracker needs must be there before training starts: it would otherwise ask, and nobody answers."""
@@ -28,11 +41,10 @@ def check_tracking(config: Config) -> None:
 
 
 def prepare_tracking(config: Config, run: RunFolder) -> None:
-    """What wandb writes goes into the run folder. A person's own settings win."""
+    """What wandb writes goes into the run folder, and it is told no more than numbers. A person's own settings win."""
     if config.tracking == "wandb":
-        os.environ.setdefault("WANDB_DIR", str(run.path))
-        os.environ.setdefault("WANDB_PROJECT", "finetune")
-        os.environ.setdefault("WANDB_SILENT", "true")
+        for name, value in {"WANDB_DIR": str(run.path), **_NUMBERS_ALONE}.items():
+            os.environ.setdefault(name, value)
 
 
 def _has_login(url: str) -> bool:

@@ -19,6 +19,7 @@ from finetune.runs.folder import RunFolder
 from finetune.runs.log import logged
 from finetune.serve.answers import Answer, Style, open_answers
 from finetune.serve.artifact import newest_artifact
+from finetune.serve.checks import check_artifact
 
 COMMANDS = {
     "/reset": "forget the conversation, keep the system message",
@@ -63,6 +64,7 @@ def talk(run: RunFolder, settings: Settings, prompt: str | None, console: Consol
     if prompt == "":
         raise RunError("the prompt is empty", place="--prompt", hint="give a text, or `-` and a text on stdin")
     artifact = newest_artifact(run, settings.using, "chat")
+    check_artifact(run, artifact)
     style = Style(settings.max_tokens, settings.temperature)
     with ExitStack() as stack:
         with logged(run.log):

@@ -8,6 +8,8 @@ Both must name this machine. llama.cpp looks at neither, nor do the other server
 with a key that is drawn for them and added here.
 
 Every connection carries one request, as `Connection: close` tells the server behind, so each request is looked at.
+Nobody can take up more than a few threads, some memory and half a minute with what is no request: the head, the body,
+their time and the number of connections are bounded. An answer may take as long as the model needs.
 """
 
 from __future__ import annotations
@@ -24,6 +26,13 @@ from finetune.serve.address import KEY_VARIABLE, is_this_machine
 
 _HEAD_BYTES = 2**16
 _HEAD_SECONDS = 30.0
+_BODY_BYTES = 2**25
+"""32 MB: many times what a model's context holds."""
+_BODY_SECONDS = 300.0
+_STALL_SECONDS = 60.0
+"""A client that takes nothing of its answer for so long has gone."""
+_CONNECTIONS = 64
+"""At a time. The server behind answers four, and lets the others wait."""
 _LINGER_SECONDS = 2.0
 _PIECE_BYTES = 2**16
 _REPLACED = (b"connection", b"keep-alive", b"authorization", b"x-api-key")
@@ -67,6 +76,25 @@ def admit(head: bytes, key: str) -> bytes:
     return b"\r\n".join([first, *kept, *ours]) + b"\r\n\r\n"
 
 
+def body_length(head: bytes) -> int:
+    """How many bytes follow the head. Raises Refusal for too many, and where that is not said in one plain number.
+
+    Content-Length and Transfer-Encoding are defined in RFC 9112, 6.
+    """
+    _, *lines = head.lower().removesuffix(b"\r\n\r\n").split(b"\r\n")
+    fields = [(name, value.strip()) for name, _, value in (line.partition(b":") for line in lines)]
+    if any(name == b"transfer-encoding" for name, _ in fields):
+        raise Refusal(411, "say how long the body is, with Content-Length: it is not taken in pieces")
+    lengths = [value for name, value in fields if name == b"content-length"]
+    if not lengths:
+        return 0
+    if len(lengths) > 1 or not lengths[0].isdigit():
+        raise Refusal(400, "this is no HTTP request")
+    if len(lengths[0]) > 18 or int(lengths[0]) > _BODY_BYTES:
+        raise Refusal(413, f"a question may have {_BODY_BYTES:,} bytes")
+    return int(lengths[0])
+
+
 def _names_this_machine(url: str) -> bool:
     try:
         parts = urlsplit(url)
@@ -97,6 +125,7 @@ class Front:
     def __init__(self, listeners: Sequence[socket.socket], behind: tuple[str, int], key: str) -> None:
         self._listeners, self._behind, self._key = listeners, behind, key
         self._closed = False
+        self._places = threading.BoundedSemaphore(_CONNECTIONS)
         for listener in listeners:
             threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
@@ -121,15 +150,24 @@ class Front:
             except OSError:
                 time.sleep(0.1)  # too many open files, for instance: that passes
                 continue
-            threading.Thread(target=self._meet, args=(client,), daemon=True).start()
+            if self._places.acquire(blocking=False):
+                threading.Thread(target=self._meet, args=(client,), daemon=True).start()
+                continue
+            with client, contextlib.suppress(OSError):
+                client.settimeout(1)
+                client.sendall(_answer(Refusal(503, "too many requests at a time")))
 
     def _meet(self, client: socket.socket) -> None:
+        try:
+            self._hand_on(client)
+        finally:
+            self._places.release()
+
+    def _hand_on(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError):  # whoever goes away ends their own request
-            client.settimeout(_HEAD_SECONDS)
             try:
-                head, body = _read_head(client)
-                head = admit(head, self._key)
-                client.settimeout(None)
+                head, begun = _read_head(client)
+                admitted, length = admit(head, self._key), body_length(head)
                 try:
                     server = socket.create_connection(self._behind)
                 except OSError as error:
@@ -139,29 +177,40 @@ class Front:
                 _linger(client)
                 return
             with server:
-                _join(client, server, head + body)
+                _join(client, server, admitted + begun[:length], max(0, length - len(begun)))
 
 
 def _read_head(client: socket.socket) -> tuple[bytes, bytes]:
     """The head of a request, and what of its body came along. Raises Refusal, or OSError if the client leaves."""
     read = b""
+    until = time.monotonic() + _HEAD_SECONDS
     while (end := read.find(b"\r\n\r\n")) < 0:
         if len(read) > _HEAD_BYTES:
             raise Refusal(431, "the head of this request is too long")
-        piece = client.recv(_PIECE_BYTES)
-        if not piece:
-            raise ConnectionError
-        read += piece
+        read += _piece(client, _PIECE_BYTES, until)
     return read[: end + 4], read[end + 4 :]
 
 
-def _join(client: socket.socket, server: socket.socket, begun: bytes) -> None:
-    """Hand bytes on in both directions until the server has said all; an end is handed on as well."""
+def _piece(client: socket.socket, most: int, until: float) -> bytes:
+    """What comes next. Raises OSError if nothing does until then, or the client leaves."""
+    client.settimeout(max(until - time.monotonic(), 0.001))
+    piece = client.recv(most)
+    if not piece:
+        raise ConnectionError
+    return piece
+
+
+def _join(client: socket.socket, server: socket.socket, begun: bytes, left: int) -> None:
+    """Hand on what was begun and `left` more bytes, and the answer until the server has said all."""
     for side in (client, server):
         side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a token must not wait for the next
-    asking = threading.Thread(target=_copy, args=(client, server, begun), daemon=True)
+    asking = threading.Thread(target=_ask, args=(client, server, begun, left), daemon=True)
     asking.start()
-    _copy(server, client, b"")
+    with contextlib.suppress(OSError):
+        while piece := server.recv(_PIECE_BYTES):
+            client.sendall(piece)
+    with contextlib.suppress(OSError):
+        client.shutdown(socket.SHUT_WR)
     asking.join(_LINGER_SECONDS)
     # Who sends on though the answer is complete is not heard any more, and who waits in recv is woken.
     for side in (client, server):
@@ -170,13 +219,28 @@ def _join(client: socket.socket, server: socket.socket, begun: bytes) -> None:
     asking.join()
 
 
-def _copy(source: socket.socket, target: socket.socket, begun: bytes) -> None:
+def _ask(client: socket.socket, server: socket.socket, begun: bytes, left: int) -> None:
+    """Hand the request on, and then the end of the client, however long the answer takes until then."""
+    until = time.monotonic() + _BODY_SECONDS
     with contextlib.suppress(OSError):
-        target.sendall(begun)
-        while piece := source.recv(_PIECE_BYTES):
-            target.sendall(piece)
+        server.sendall(begun)
+        while left:
+            piece = _piece(client, min(left, _PIECE_BYTES), until)
+            server.sendall(piece)
+            left -= len(piece)
+        client.settimeout(_STALL_SECONDS)  # for what is sent to it; that it says nothing more is as it should be
+        while _says_something(client):
+            pass
     with contextlib.suppress(OSError):
-        target.shutdown(socket.SHUT_WR)
+        server.shutdown(socket.SHUT_WR)
+
+
+def _says_something(client: socket.socket) -> bool:
+    """False once the client has left. What else it says belongs to no request."""
+    try:
+        return bool(client.recv(_PIECE_BYTES))
+    except TimeoutError:
+        return True
 
 
 def _linger(client: socket.socket) -> None:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune.data.prepare import PreparedData
-from finetune.data.store import IGNORED, Rows, TokenRow
+from finetune.data.store import IGNORED, Indices, Rows, TokenRow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
     from datasets import Dataset
 
 
@@ -27,6 +26,17 @@ def to_dataset(data: PreparedData) -> Dataset:
 def held_out_dataset(rows: Rows) -> Dataset:
     """Rows, one a sequence."""
     return as_dataset([[index] for index in rows.indices.tolist()])
+
+
+def longest(lengths: Indices, count: int) -> list[int]:
+    """Numbers of the longest sequences, the longest first. `lengths` has the tokens of each."""
+    return [int(number) for number in np.argsort(-lengths, kind="stable")[:count]]
+
+
+def sequence_lengths(data: PreparedData) -> Indices:
+    """Tokens of each training sequence, without padding."""
+    lengths = data.train.lengths
+    return lengths if data.packs is None else data.packs.lengths(lengths)
 
 
 def as_dataset(sequences: Sequence[Sequence[int]]) -> Dataset:
@@ -49,8 +59,9 @@ class Collator:
         """`row` gives a row by its number (`Store.row`)."""
         self._row, self._pad_id = row, pad_id
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """int64 tensors of shape (sequences, longest): `input_ids`, `labels`, `position_ids`."""
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """int64 tensors of shape (sequences, longest): `input_ids`, `labels`, `position_ids`; and `rows`, the numbers
+        of the rows in each sequence, by which a step that goes wrong can say what was in it."""
         import torch
 
         sequences = [[self._row(number) for number in example["rows"]] for example in examples]
@@ -74,4 +85,5 @@ class Collator:
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
             "position_ids": torch.from_numpy(positions),
+            "rows": [list(example["rows"]) for example in examples],
         }

@@ -7,18 +7,18 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from finetune.console import Console, Progress, duration, size
-from finetune.errors import TrainingError
-from finetune.runs.files import storage_errors
-from finetune.train.checkpoints import seal
+from finetune.runs.files import storage_errors, write_text
+from finetune.stopping import Stopper
+from finetune.train.trainer import StoppedEvaluating, Trainer
 
 if TYPE_CHECKING:
-    import torch
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
@@ -73,7 +73,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
             return
         with storage_errors(self._path):
             kept = [line for line in self._path.read_text("utf-8").splitlines() if _step_of(line) <= state.global_step]
-            self._path.write_text("".join(line + "\n" for line in kept), "utf-8")
+        write_text(self._path, "".join(line + "\n" for line in kept))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
@@ -103,43 +103,40 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         self._console.event("metrics", **record)
 
 
-class SealCallback(TrainerCallback):  # type: ignore[misc]
-    """Seals each checkpoint once it is complete."""
+class GuardCallback(TrainerCallback):  # type: ignore[misc]
+    """Looks at each step: before the optimizer takes it, at its numbers; after it, whether the run is to stop.
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
-class FiniteCallback(TrainerCallback):  # type: ignore[misc]
-    """Stops the run before the optimizer takes a step that is not a number.
-
-    A loss that is not finite makes every gradient not finite, so the gradients are what is looked at: one norm over the
-    adapter. With float16, loss scaling already skips such steps on purpose, and the loss itself is looked at instead.
+    The run is then saved as it is, at this step, whatever `train.save_every` says.
     """
 
+    def __init__(self, stopper: Stopper, longest: Sequence[int], longest_held_out: Sequence[int]) -> None:
+        """`longest`: the micro batches that need most memory, which are tried before the first step."""
+        self._stopper, self._longest, self._longest_held_out = stopper, longest, longest_held_out
+        self.trainer: Trainer | None = None
+        """Whose steps these are."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # A checkpoint remembers how often the run was saved and logged when it was written; the config says it now.
+        state.compute_steps(args, state.max_steps)
+        assert self.trainer is not None
+        self.trainer.try_longest(self._longest, self._longest_held_out)
+
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: torch.nn.Module | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        import torch
+        assert self.trainer is not None
+        self.trainer.require_finite(state.global_step + 1)
 
-        if args.fp16 or model is None:
-            return
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        norms = torch._foreach_norm(gradients)
-        if not torch.isfinite(torch.stack(norms)).all():
-            raise non_finite(state.global_step + 1)
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._stopper.asked is not None:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
 
-
-def non_finite(step: int) -> TrainingError:
-    return TrainingError(
-        f"the loss is no longer a finite number at step {step}; no adapter was saved",
-        hint="lower train.learning_rate (try a tenth), then run again with --fresh",
-    )
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._stopper.asked is not None:
+            raise StoppedEvaluating
 
 
 def memory_in_use() -> int:

@@ -271,8 +271,12 @@ quantisation: nf4
         "c.yaml:7: merge keys (<<) are not supported",
         "c.yaml:7: lora.rank: expected a whole number, got '16'",
         "c.yaml:8: train.packing: expected true or false, got 'no'",
-        "c.yaml:9: evaluation.format has no effect: there is no evaluation.path for it to describe",
-        "c.yaml:10: quantisation: unknown key",
+        "c.yaml: … and 2 more",
+    ]
+    few = text.replace("lora: {rank: '16', alpha: 32, <<: {}}\n", "")
+    assert [fault.partition(" | ")[0] for fault in faults(few)][8:] == [
+        "c.yaml:8: evaluation.format has no effect: there is no evaluation.path for it to describe",
+        "c.yaml:9: quantisation: unknown key",
     ]
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,3 +95,26 @@ def test_few_chunks_stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
         yield from range(parallel.INLINE_CHUNKS)
 
     assert list(parallel.encoded(Fake(), tasks())) == [0, 1, 2]  # type: ignore[arg-type]
+
+
+@pytest.mark.fault("kill -9 while tokenising", "data", "the processes that help end too, and hold no lock")
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+def test_helping_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    code = f"""
+import os, signal, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from finetune.data.parallel import _start
+pool = ProcessPoolExecutor(2, mp_context=get_context("fork"), initializer=_start, initargs=(os.getpid(),))
+assert list(pool.map(abs, [-1, -2])) == [1, 2]
+open({str(tmp_path / "numbers")!r}, "w").write(" ".join(map(str, pool._processes)))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == -signal.SIGKILL
+    numbers = [int(number) for number in (tmp_path / "numbers").read_text().split()]
+    assert numbers
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{number}").exists() for number in numbers):
+        assert time.monotonic() < deadline, "they live on"
+        time.sleep(0.02)

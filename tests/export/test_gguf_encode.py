@@ -152,6 +152,29 @@ def test_the_largest_values_that_are_let_through_have_finite_scales(encoding: En
     assert float((decoded.reshape(16, 256) - rows).abs().max()) < 65504
 
 
+@pytest.mark.parametrize("encoding", FORMATS)
+def test_the_smallest_values_have_finite_scales(encoding: Encoding) -> None:
+    """One divided by a scale of 1e-42 is infinite in float32."""
+    pytest.importorskip("xllamacpp")
+    from gguf.quants import dequantize
+
+    torch.manual_seed(0)
+    rows = torch.randn(16, 256) * torch.logspace(-45, -4, 16).unsqueeze(1)
+    data = torch.frombuffer(bytearray(encode(piece(rows, encoding))), dtype=torch.uint8)
+    decoded = torch.from_numpy(dequantize(data.numpy(), gguf.GGMLQuantizationType[encoding.upper()]))
+    assert bool(decoded.isfinite().all())
+    assert float(decoded.abs().max()) < 1e-3
+
+
+def test_what_rounding_to_bf16_would_make_infinite_is_refused() -> None:
+    """float32 ends a little beyond bf16."""
+    beyond = torch.full((2, 2), torch.finfo(torch.float32).max)
+    assert encode(piece(beyond, "f32"))
+    with pytest.raises(ExportError, match="cannot hold"):
+        encode(piece(beyond, "bf16"))
+    assert encode(piece(torch.full((2, 2), torch.finfo(torch.bfloat16).max), "bf16"))
+
+
 # -- pieces and threads -------------------------------------------------------------------------------------------
 
 

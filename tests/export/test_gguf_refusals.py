@@ -252,7 +252,7 @@ def test_an_interruption_leaves_no_file(stories: Path, tmp_path: Path) -> None:
 def test_a_full_disk(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(StorageError, match="GB are needed"):
+    with pytest.raises(StorageError, match=r"out\.gguf: 64\.5 MiB needed, 1000 B free"):
         convert(open_model(stories), tmp_path / "out.gguf", quant="f16")
 
 

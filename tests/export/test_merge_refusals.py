@@ -215,7 +215,7 @@ def test_a_full_disk_is_noticed_before_writing(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
-    with pytest.raises(StorageError, match=r"0\.1 GB are needed here and 0\.0 GB are free"):
+    with pytest.raises(StorageError, match=r"the merged model: 65\.0 MiB needed, 976\.6 KiB free"):
         merge(stories, full_adapter, tmp_path / "merged", tokenizer=stories, dtype=None)
     assert not list(tmp_path.glob("merged*"))
 

@@ -95,7 +95,7 @@ def test_a_damaged_manifest(tmp_path: Path, content: bytes) -> None:
 def test_a_manifest_that_is_a_folder(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "legal")
     run.manifest.mkdir(parents=True)
-    with pytest.raises(RunError, match=r"manifest\.json cannot be read"):
+    with pytest.raises(RunError, match=r"manifest\.json: is a folder, not a file"):
         open_run(run.path)
     assert list_runs(tmp_path) == []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import sys
@@ -12,6 +14,7 @@ import pytest
 
 from finetune.console import Console
 from finetune.errors import StorageError
+from finetune.runs import log
 from finetune.runs.log import logged, quiet_environment
 
 
@@ -46,6 +49,47 @@ def test_the_log_is_appended_to_and_let_go_of_after_a_fault(tmp_path: Path) -> N
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"log\.txt: cannot be written"), logged(tmp_path / "nowhere" / "log.txt"):
         pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a limit of POSIX systems")
+@pytest.mark.fault("a limit on the size of files", stage="log", outcome="the run goes on; said once at its end")
+def test_a_log_that_has_no_room_does_not_end_what_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import resource
+
+    path = tmp_path / "log.txt"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with logged(path):
+            for _ in range(100):
+                print("x" * 100)
+                logging.getLogger("library").warning("y" * 100)
+                sys.stderr.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.stat().st_size == 4096
+    shown = capsys.readouterr()
+    said = f"warning: {path} does not have all that the libraries said: File too large\n"
+    assert (shown.out, shown.err) == ("", said)
+
+
+def test_a_log_that_cannot_even_be_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that takes no more files; and what is logged fails for a reason of its own."""
+    path, real = tmp_path / "log.txt", log._Forgiving.__init__
+
+    def full(self: log._Forgiving, name: Path | str, mode: str) -> None:
+        if name == path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, name, mode)
+
+    monkeypatch.setattr(log._Forgiving, "__init__", full)
+    print_then_fail = contextlib.ExitStack()
+    print_then_fail.callback(print, "lost")
+    with pytest.raises(ZeroDivisionError), logged(path), print_then_fail:
+        raise ZeroDivisionError
+    assert "log.txt does not have all that the libraries said: No space left" in capsys.readouterr().err
 
 
 def test_a_persons_own_settings_win(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,7 +249,7 @@ def test_a_file_that_is_no_model_is_an_error(story_run: Path, tmp_path: Path, ru
     (run / "gguf" / "broken-f16.gguf").write_bytes(b"GGUF and nothing more")
     result = run_ft("chat", run, "--prompt", "hello", "--using", "gguf")
     assert result.code == 1
-    assert "llama.cpp cannot load this file" in result.stderr
+    assert "broken-f16.gguf: is GGUF of version 1684955424, and only 2 and 3 are known" in result.stderr
 
 
 @posix

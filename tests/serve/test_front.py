@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from finetune.serve.address import listeners
-from finetune.serve.front import Front, Refusal, admit
+from finetune.serve import front
+from finetune.serve.front import Front, Refusal, admit, body_length
 from tests.serve.conftest import ONCE
 from tests.serve.test_server import Served, ask, openai, start, stop
 
@@ -106,6 +107,33 @@ def test_a_request_goes_on_with_our_key_and_alone_on_its_connection() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ("Transfer-Encoding: chunked", 411),
+        ("transfer-encoding: identity\r\nContent-Length: 3", 411),
+        ("Content-Length: 3\r\nContent-Length: 4", 400),
+        ("Content-Length: 3\r\ncontent-length: 3", 400),
+        ("Content-Length: 3, 3", 400),
+        ("Content-Length: -1", 400),
+        ("Content-Length: 0x10", 400),
+        ("Content-Length:", 400),
+        ("Content-Length: \u00b3", 400),
+        ("Content-Length: 33554433", 413),
+        ("Content-Length: " + "9" * 5000, 413),
+    ],
+)
+def test_a_body_says_once_how_long_it_is_and_is_not_too_long(headers: str, status: int) -> None:
+    with pytest.raises(Refusal) as caught:
+        body_length(f"POST / HTTP/1.1\r\n{headers}\r\n\r\n".encode())
+    assert caught.value.status == status
+
+
+def test_the_length_of_a_body() -> None:
+    assert body_length(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n") == 0
+    assert body_length(b"POST / HTTP/1.1\r\nCONTENT-LENGTH:  33554432 \r\n\r\n") == 2**25
+
+
 # -- the door itself, before something that keeps what it is told -------------------------------------------------
 
 
@@ -143,7 +171,7 @@ def before(behind: tuple[str, int]) -> Iterator[int]:
 
 def test_large_bodies_and_answers_go_through_whole() -> None:
     body, answer = bytes(range(256)) * 8192, b"HTTP/1.1 200 OK\r\n\r\n" + bytes(reversed(range(256))) * 8192
-    head = b"POST / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
     passed = admit(head, "secret") + body
     behind = Behind(len(passed), answer)
     with before(behind.place) as port, socket.create_connection(("127.0.0.1", port)) as client:
@@ -179,6 +207,60 @@ def test_a_refusal_is_an_error_as_clients_know_it() -> None:
         behind.settimeout(0.1)
         with pytest.raises(TimeoutError):  # nothing came as far as the server
             behind.accept()
+
+
+def told(port: int, *said: bytes) -> bytes:
+    """The whole answer to what is said, piece by piece."""
+    heard = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client, contextlib.suppress(ConnectionError):
+        for piece in said:
+            client.sendall(piece)
+        while piece := client.recv(65536):
+            heard += piece
+    return heard
+
+
+def test_what_follows_a_request_is_not_handed_on() -> None:
+    head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\n"
+    passed = admit(head, "secret") + b"abc"
+    behind = Behind(len(passed), b"HTTP/1.1 200 OK\r\n\r\n")
+    with before(behind.place) as port:
+        assert told(port, head + b"abcGET /admin HTTP/1.1\r\n\r\n") == b"HTTP/1.1 200 OK\r\n\r\n"
+    assert behind.heard == [passed]
+
+
+def test_a_head_that_comes_letter_by_letter_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "_HEAD_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as behind, before(behind.getsockname()) as port:
+        began = time.monotonic()
+        with socket.create_connection(("127.0.0.1", port)) as client, contextlib.suppress(ConnectionError):
+            client.settimeout(0.1)
+            while time.monotonic() < began + 20:
+                client.sendall(b"G")
+                with contextlib.suppress(TimeoutError):
+                    assert client.recv(1) == b""
+                    break
+        assert 0.4 < time.monotonic() - began < 15
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "_BODY_SECONDS", 0.3)
+    behind = Behind(10_000, b"HTTP/1.1 400 Bad\r\n\r\n")  # hears the end of what was said, and answers
+    with before(behind.place) as port:
+        said = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000\r\n\r\nabc"
+        assert told(port, said) == b"HTTP/1.1 400 Bad\r\n\r\n"
+
+
+def test_more_connections_than_there_is_room_for_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "_CONNECTIONS", 2)
+    with socket.create_server(("127.0.0.1", 0)) as behind, before(behind.getsockname()) as port:
+        with contextlib.ExitStack() as held:
+            for _ in range(2):
+                held.enter_context(socket.create_connection(("127.0.0.1", port)))
+            assert told(port).startswith(b"HTTP/1.1 503 ")
+        until = time.monotonic() + 20
+        while knock(port, "evil.example")[0] != 403:  # they have left, and there is room again
+            assert time.monotonic() < until
 
 
 def test_a_server_that_is_gone_is_said_to_be() -> None:

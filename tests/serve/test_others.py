@@ -31,6 +31,8 @@ def run(tmp_path: Path) -> RunFolder:
         (folder / part).mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(LORA))
+    (folder / "merged" / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "merged" / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")  # whole, and without tensors
     return RunFolder(folder)
 
 

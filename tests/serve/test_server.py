@@ -321,10 +321,16 @@ def test_an_address_that_is_not_of_this_machine_is_an_error() -> None:
         check_free("192.0.2.1", 8000)  # TEST-NET-1 belongs to nobody
 
 
-def test_an_adapter_without_a_server_for_it_names_the_export(story_run: Path, run_ft: RunFt) -> None:
-    result = run_ft("serve", story_run, "--using", "adapter", "--port", str(free_port()))
+def test_an_adapter_without_a_server_for_it_names_the_export(tmp_path: Path, story_model: Path, run_ft: RunFt) -> None:
+    run = tmp_path / "stories"
+    (run / "adapter").mkdir(parents=True)
+    (run / "manifest.json").write_text("{}")
+    (run / "resolved.yaml").write_text(f"base: {story_model}\ndata: [{{path: a/b}}]\n")
+    (run / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    result = run_ft("serve", run, "--using", "adapter", "--port", str(free_port()))
     assert result.code == 2
-    assert f"`ft export {story_run} --to gguf`" in result.stderr
+    assert f"`ft export {run} --to gguf`" in result.stderr
 
 
 def test_it_starts_within_a_moment(story_run: Path) -> None:

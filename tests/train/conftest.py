@@ -57,6 +57,30 @@ def prepared(config: Config) -> PreparedData:
     return prepare(config, Path(config.base))
 
 
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with the quickstart's tokenizer, so small that a step takes some milliseconds."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    config = json.loads((TINY / "config.json").read_text("utf-8"))
+    torch.manual_seed(0)
+    llama = LlamaConfig(
+        vocab_size=config["vocab_size"],
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(llama).to(torch.bfloat16).save_pretrained(folder)
+    for path in TINY.iterdir():
+        if path.suffix != ".safetensors" and path.name not in ("config.json", "generation_config.json"):
+            shutil.copyfile(path, folder / path.name)
+    return folder
+
+
 def random_qwen2(folder: Path, tokenizer: Path) -> Path:
     """A small random Qwen2 with a real tokenizer; saved as a user's base would be."""
     import torch

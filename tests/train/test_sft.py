@@ -17,14 +17,17 @@ from finetune.model.base import load_base
 from finetune.model.hardware import Hardware, choose_optimizer, detect
 from finetune.runs.folder import RunFolder
 from finetune.runs.log import logged
+from finetune.stopping import Stopper
 from finetune.train.checkpoints import SEAL, damage, newest_whole
-from finetune.train.sft import Trained, steps_in_all, train
+from finetune.train.length import steps_in_all
+from finetune.train.sft import Trained, train
 from tests.train.conftest import prepared, tiny_config
 
 
-def run_training(config: Config, run: RunFolder) -> Trained:
+def run_training(config: Config, run: RunFolder, stopper: Stopper | None = None) -> Trained:
     with logged(run.log):
-        return train(config, prepared(config), load_base(config, Path(config.base), detect()), run, Console())
+        loaded = load_base(config, Path(config.base), detect())
+        return train(config, prepared(config), loaded, run, Console(), stopper or Stopper(), {})
 
 
 def adapter_of(run: RunFolder) -> dict[str, torch.Tensor]:
@@ -123,7 +126,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_whole_one_before_it(tmp_pat
     assert found == run.checkpoints / "checkpoint-2"
     assert faults == [f"{newest} is passed over: adapter_model.safetensors is not what was written"]
     (newest / SEAL).unlink()
-    assert damage(newest) == "it was not written to the end"
+    assert damage(newest) == "it was not written to the end (whole.json is missing)"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_no_adapter(tmp_path: Path, run: RunFolder) -> None:

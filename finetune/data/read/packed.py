@@ -14,8 +14,9 @@ from pathlib import Path
 
 from finetune.config.schema import PACKED_SUFFIXES
 from finetune.errors import DataError
+from finetune.given_files import LFS_HINT, LFS_MESSAGE, is_lfs_pointer, not_a_file
 
-MAX_LINE = 1_000_000_000
+MAX_LINE = 100_000_000
 """No line is longer, in bytes. Also what keeps a few kB of archive from unpacking into all the memory there is."""
 
 _MAGIC = {".gz": (b"\x1f\x8b",), ".zst": (b"\x28\xb5\x2f\xfd", b"\x2a\x4d\x18")}
@@ -31,9 +32,13 @@ def is_packed(path: Path) -> bool:
 @contextlib.contextmanager
 def opened(path: Path, shown: str) -> Iterator[io.BufferedReader]:
     """A file to read, unpacked. Whatever is wrong with the file or the archive is a DataError."""
+    if what := not_a_file(path):
+        raise DataError(f"is {what}, not a file", place=shown, hint="name a file, which can be read more than once")
     try:
         with contextlib.ExitStack() as stack:
             file: io.BufferedReader = stack.enter_context(open(path, "rb"))
+            if is_lfs_pointer(file.peek(60)):
+                raise DataError(LFS_MESSAGE, place=shown, hint=LFS_HINT)
             name = path.name.lower()
             while name.endswith(PACKED_SUFFIXES):
                 name, suffix = os.path.splitext(name)

@@ -15,10 +15,10 @@ from finetune.export.gguf.encode import Encoding, Piece, Quant, cut, encode_all,
 from finetune.export.gguf.families import family_of, load_config
 from finetune.export.gguf.family import Family, Metadata, PlannedTensor, plan
 from finetune.export.gguf.head import as_stored
-from finetune.export.gguf.mix import QUANTS, ModelShape, choose
+from finetune.export.gguf.mix import QUANTS, Mix, ModelShape, choose
 from finetune.export.gguf.tokenizer import read_tokenizer
-from finetune.export.partial import partial_file, refuse_existing, require_space
 from finetune.export.source import Model
+from finetune.runs.files import partial_file, refuse_existing, require_space
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,27 @@ class GgufReport:
     the quant would have it; empty when there is nothing to say."""
 
 
+@dataclass(frozen=True)
+class GgufPlan:
+    """A file that is not written yet: everything about it but the tensors' values, from headers and the tokenizer."""
+
+    place: str
+    """The model's, for messages."""
+    family: Family
+    quant: Quant
+    metadata: Metadata
+    tensors: Sequence[PlannedTensor]
+    mix: Mix
+    stop: tuple[str, ...]
+    notes: tuple[str, ...]
+    """Both as in the report."""
+
+    @property
+    def nbytes(self) -> int:
+        """Room that the file needs on the disk: up to 64 MiB more than it will have."""
+        return sum(nbytes(tensor.shape, self.mix.encodings[tensor.target]) for tensor in self.tensors) + _METADATA_BYTES
+
+
 def convert(
     model: Model,
     out: Path,
@@ -67,10 +88,14 @@ def convert(
     for an `out` that exists; MissingExtraError without the `gguf` package, and for most quants without `xllamacpp`;
     BaseError and StorageError for what cannot be read or written.
     """
-    started = time.monotonic()
+    refuse_existing(out)
+    return write(plan_file(model, quant=quant, name=name or out.stem), out, on_tensor=on_tensor)
+
+
+def plan_file(model: Model, *, quant: Quant, name: str) -> GgufPlan:
+    """The file that `convert` would write; errors as there, but for values. No weight is read."""
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError("the GGUF format is not installed", hint='pip install "finetune[gguf]"')
-    refuse_existing(out)
     config = load_config(model.config, model.place)
     config = as_stored(family_of(config, model.place), config, model.weights)
     family = family_of(config, model.place)  # again: it may refuse an output head of its own
@@ -83,25 +108,41 @@ def convert(
     require_encoders(set(mix.encodings.values()))
     metadata: Metadata = {
         "general.type": "model",
-        "general.name": _safe_name(name or out.stem, drops_space=tokenizer.drops_space),
+        "general.name": _safe_name(name, drops_space=tokenizer.drops_space),
         "general.file_type": QUANTS[quant][1],
         "general.quantization_version": 2,
         f"{family.architecture}.vocab_size": vocabulary,
     }
-    size = sum(nbytes(tensor.shape, mix.encodings[tensor.target]) for tensor in planned)
-    require_space(out.parent, size + _METADATA_BYTES)
-    with partial_file(out) as path:
-        _write_head(path, family, metadata | described | tokenizer.metadata, planned, mix.encodings)
+    notes = (*family.notes(config), *mix.notes(), *tokenizer.notes)
+    metadata = metadata | described | tokenizer.metadata
+    return GgufPlan(str(model.place), family, quant, metadata, planned, mix, tokenizer.stop, notes)
+
+
+def write(planned: GgufPlan, out: Path, *, on_tensor: Callable[[int, int, str], None] | None = None) -> GgufReport:
+    """Write a planned file. Raises ExportError for values that the quant cannot hold and for an `out` that exists,
+    StorageError for what cannot be written."""
+    started = time.monotonic()
+    encodings = planned.mix.encodings
+    needed = planned.nbytes
+    require_space(out.parent, needed, out.name, largest=needed - _METADATA_BYTES)
+    with partial_file(out, needed=needed) as path:
+        _write_head(path, planned)
         with path.open("ab") as file:
-            for piece, data in encode_all(_pieces(planned, mix.encodings, str(model.place), on_tensor)):
+            for piece, data in encode_all(_pieces(planned.tensors, encodings, planned.place, on_tensor)):
                 if piece.first:
                     file.write(bytes(-file.tell() % ALIGNMENT))
                 file.write(data)
             total = file.tell()
-    notes = (*family.notes(config), *mix.notes(), *tokenizer.notes)
-    seconds = time.monotonic() - started
     return GgufReport(
-        out, family.architecture, quant, len(planned), mix.counts(), total, seconds, tokenizer.stop, notes
+        out,
+        planned.family.architecture,
+        planned.quant,
+        len(planned.tensors),
+        planned.mix.counts(),
+        total,
+        time.monotonic() - started,
+        planned.stop,
+        planned.notes,
     )
 
 
@@ -152,19 +193,13 @@ def _pieces(
 # -- metadata -----------------------------------------------------------------------------------------------------
 
 
-def _write_head(
-    path: Path,
-    family: Family,
-    metadata: Mapping[str, Any],
-    planned: Sequence[PlannedTensor],
-    encodings: Mapping[str, Encoding],
-) -> None:
+def _write_head(path: Path, planned: GgufPlan) -> None:
     """Everything before the first tensor: sizes and places of the tensors are known from their shapes."""
     import numpy
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    writer = GGUFWriter(None, family.architecture)
-    for key, value in metadata.items():
+    writer = GGUFWriter(None, planned.family.architecture)
+    for key, value in planned.metadata.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):
@@ -175,8 +210,8 @@ def _write_head(
             writer.add_string(key, value)
         else:
             writer.add_array(key, value)
-    for tensor in planned:
-        encoding = encodings[tensor.target]
+    for tensor in planned.tensors:
+        encoding = planned.mix.encodings[tensor.target]
         kind = GGMLQuantizationType[encoding.upper()]
         size = nbytes(tensor.shape, encoding)
         writer.add_tensor_info(tensor.target, tensor.shape, numpy.dtype(numpy.float32), size, kind)

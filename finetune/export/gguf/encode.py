@@ -128,7 +128,7 @@ def encode(piece: Piece) -> memoryview:
     rows, encoding = piece.rows, piece.encoding
     found = largest(rows)
     # A block's scales are float16. While the values fit into one, so do the scales of every format.
-    limit = torch.finfo(torch.float32 if encoding in ("f32", "bf16") else torch.float16).max
+    limit = torch.finfo({"f32": torch.float32, "bf16": torch.bfloat16}.get(encoding, torch.float16)).max
     if not found <= limit:  # NaN is not less or equal either; ggml would end the process
         raise ExportError(
             f"`{piece.tensor}` has values that {encoding} cannot hold ({found:g})",

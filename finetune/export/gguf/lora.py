@@ -23,10 +23,10 @@ from finetune.export.adapter import Adapter, LoraLayer, read_adapter
 from finetune.export.gguf.convert import ALIGNMENT, finish_head
 from finetune.export.gguf.families import family_of, load_config
 from finetune.export.gguf.family import Config, Family, Rule
-from finetune.export.partial import partial_file, refuse_existing, require_space
 from finetune.export.renaming import renaming
 from finetune.export.safetensors_io.writer import as_bytes
 from finetune.export.source import read_config
+from finetune.runs.files import partial_file, refuse_existing, require_space
 
 if TYPE_CHECKING:
     import torch
@@ -98,8 +98,8 @@ def write_lora(adapter: Path, base: Path, out: Path, *, name: str | None = None)
     changes = _changes(trained, family, config)
     rank = max(_rank(change.layer) for change in changes)
     size = sum(4 * math.prod(change.layer.shape(part)) for change in changes for part in "AB")
-    require_space(out.parent, size + _METADATA_BYTES)
-    with partial_file(out) as path:
+    require_space(out.parent, size + _METADATA_BYTES, out.name, largest=size)
+    with partial_file(out, needed=size + _METADATA_BYTES) as path:
         _write_head(path, family.architecture, name or out.stem, rank, changes)
         with path.open("ab") as file:
             for change in changes:
@@ -208,17 +208,20 @@ def _row_order(rule: Rule, rows: int, config: Config) -> torch.Tensor | None:
 
 def _halves(change: _Change, trained: Adapter, alpha: int) -> Iterator[torch.Tensor]:
     """A, (rank, in), and B', (out, rank), float32: alpha / rank · B'·A is PEFT's scaling · B·A in the file's order."""
-    import torch
-
-    yield change.layer.read("A")
+    yield _finite(change.layer.read("A"), change, trained, "in float32")
     factor = trained.scaling(change.layer.module) * _rank(change.layer) / alpha
     b = (change.layer.read("B")[change.rows].double() * factor).float()
-    if not bool(torch.isfinite(b).all()):
+    yield _finite(b, change, trained, f"once its scale is multiplied in ({factor:g})")
+
+
+def _finite(half: torch.Tensor, change: _Change, trained: Adapter, when: str) -> torch.Tensor:
+    if not bool(half.isfinite().all()):
         raise ExportError(
-            f"`{change.layer.module}` is beyond what float32 can hold once its scale is multiplied in ({factor:g})",
+            f"`{change.layer.module}` has numbers that are not finite {when}",
             place=str(trained.stored.place),
+            hint="use a checkpoint from before the loss went wrong",
         )
-    yield b
+    return half
 
 
 def _rank(layer: LoraLayer) -> int:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.errors import BaseError, ExportError, StorageError
-from finetune.export.safetensors_io.header import StoredTensor, TensorInfo, parse_header
+from finetune.errors import ExportError, StorageError
+from finetune.safetensors_heads import StoredTensor, TensorInfo, folder_tensors, parse_header
 
 if TYPE_CHECKING:
     import torch
@@ -86,56 +85,8 @@ def open_file(path: Path) -> Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The weights of a model folder: `model.safetensors`, or the shards `model.safetensors.index.json` names.
-
-    Raises BaseError if the folder has no such weights (weights in the pickle format are never read: a pickle runs
-    code), StorageError if a file is missing or damaged.
-    """
-    if not folder.is_dir():
-        raise BaseError("there is no such folder", place=str(folder))
-    if (folder / "model.safetensors").is_file():
-        return Checkpoint(folder, open_file(folder / "model.safetensors").tensors)
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-        raise BaseError(
-            "its weights are in the pickle format, which can run code when it is opened"
-            if pickled
-            else "there are no weights here (model.safetensors)",
-            place=str(folder),
-            hint="use a revision that has safetensors files" if pickled else None,
-        )
-    placed = _read_index(index)
-    shards = sorted(set(placed.values()))
-    if missing := [name for name in shards if not (folder / name).is_file()]:
-        raise StorageError(f"these files are missing: {', '.join(missing)}", place=str(folder), hint="download again")
-    tensors: dict[str, StoredTensor] = {}
-    for shard in shards:
-        for tensor in parse_header(folder / shard):
-            if placed.get(tensor.name, shard) != shard:
-                continue
-            if tensor.name in tensors:
-                raise StorageError(f"`{tensor.name}` is in more than one file", place=str(folder))
-            tensors[tensor.name] = tensor
-    if lost := sorted(set(placed) - set(tensors)):
-        raise StorageError(f"`{lost[0]}` is not in {placed[lost[0]]}, where it should be", place=str(index))
-    return Checkpoint(folder, tensors)
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    """Tensor name → file name. A file name may not lead out of the folder."""
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        placed = content["weight_map"]
-        pairs = list(placed.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StorageError(f"is not a valid index: {error}", place=str(index)) from error
-    for name, shard in pairs:
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set('/\\:\0"'):
-            raise StorageError(f"`{name}` is said to be in {shard!r}, which is not a file name", place=str(index))
-    if not pairs:
-        raise StorageError("names no tensors", place=str(index))
-    return dict(pairs)
+    """The weights of a model folder. Raises BaseError and StorageError, as `folder_tensors` says."""
+    return Checkpoint(folder, folder_tensors(folder))
 
 
 def largest(tensor: torch.Tensor) -> float:

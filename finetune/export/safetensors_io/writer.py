@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from finetune.export.partial import write_text
 from finetune.export.safetensors_io.header import TensorInfo, build_header, itemsize
+from finetune.runs.files import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +63,8 @@ class CheckpointWriter:
         self._lock = threading.Lock()
         self.order = [tensor for group in groups for tensor in group]
         self.total_bytes = sum(shard.nbytes for shard in self._shards)
+        self.largest_bytes = max((shard.nbytes for shard in self._shards), default=0)
+        """Of all files, the largest one's size."""
 
     def write(self, name: str, chunks: Iterable[torch.Tensor]) -> None:
         """Write a whole tensor, given in pieces along its first dimension and in its planned dtype."""

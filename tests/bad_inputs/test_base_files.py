@@ -1,4 +1,4 @@
-"""Base folders that are damaged or hold what is not read."""
+"""What the functions behind the commands say of base folders, and which folder is which revision."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from finetune.base_files import read_model_config, resolved_revision, small_files, weight_files
+from finetune.base_files import check_weights, read_model_config, resolved_revision, small_files, weight_files
 from finetune.config.schema import Config
-from finetune.errors import BaseError
+from finetune.errors import BaseError, StorageError
+
+from .made import BASE, write_safetensors
 
 
 def config(base: Path | str) -> Config:
     return Config.model_validate({"base": str(base), "data": [{"path": "a/b"}]})
-
-
-def message(error: pytest.ExceptionInfo[BaseError]) -> str:
-    (problem,) = error.value.problems
-    return f"{problem} | {problem.hint}"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
@@ -25,7 +22,8 @@ def test_a_config_json_that_cannot_be_read(tmp_path: Path, content: bytes) -> No
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(BaseError) as caught:
         read_model_config(tmp_path)
-    assert message(caught) == (
+    (problem,) = caught.value.problems
+    assert f"{problem} | {problem.hint}" == (
         f"{tmp_path}/config.json: config.json cannot be read | download the model again: this file is damaged"
     )
 
@@ -37,18 +35,23 @@ def test_a_config_json_of_something_else(tmp_path: Path, content: str) -> None:
         read_model_config(tmp_path)
 
 
-def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
-    with pytest.raises(BaseError) as none:
-        weight_files(config(tmp_path))
-    assert (
-        message(none) == f"{tmp_path}: there are no weights here | use a revision of this model with .safetensors files"
-    )
+def test_weights_are_looked_at_before_anybody_loads_them() -> None:
+    assert weight_files(config(BASE)) == small_files(config(BASE)) == BASE
+
+
+def test_a_pickle_beside_safetensors_does_not_matter(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(BaseError) as pickled:
-        weight_files(config(tmp_path))
-    assert "the weights are pickled (.bin), which can run code when read" in message(pickled)
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    assert weight_files(config(tmp_path)) == small_files(config(tmp_path)) == tmp_path
+    with pytest.raises(BaseError, match="pickle"):
+        check_weights(tmp_path)
+    write_safetensors(tmp_path / "model.safetensors", {})
+    check_weights(tmp_path)
+
+
+def test_a_shard_that_breaks_off_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors"}}')
+    (tmp_path / "1.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}more")
+    with pytest.raises(StorageError, match=r"1\.safetensors: its header speaks of 10 bytes and the file has 14"):
+        check_weights(tmp_path)
 
 
 def test_the_revision_of_a_folder_in_the_cache() -> None:

@@ -1,0 +1,117 @@
+"""What a person may want otherwise, and what all ways out have in common: the base, and what is there already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.base_files import weight_files
+from finetune.config.schema import Config, is_local_base
+from finetune.console import Console
+from finetune.errors import ConfigError, ExportError, Problem
+from finetune.pipeline import config_of
+from finetune.proving import Exported, Onto, prove, record_unproven, state_of
+from finetune.runs.files import discard, partial_of
+from finetune.runs.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a person may want otherwise."""
+
+    onto: str = "stored"
+    """The weights that the adapter is put onto: `stored`, or `nf4` as training held them."""
+    verify: bool = True
+    system: str | None = None
+    ollama_template: bool = False
+    ollama_base: str | None = None
+    """The name that Ollama knows the base by, for a Modelfile of base and adapter."""
+
+
+def onto_of(wishes: Wishes, config: Config) -> Onto:
+    if wishes.onto not in ("stored", "nf4"):
+        raise ConfigError(f"--base is stored or nf4, not {wishes.onto!r}", hint="stored is the usual choice")
+    if wishes.onto == "nf4" and config.quantization != "nf4":
+        raise ConfigError(
+            f"--base nf4: this run was trained with quantization: {config.quantization}",
+            hint="leave --base out: the stored weights are those that training saw",
+        )
+    return "nf4" if wishes.onto == "nf4" else "stored"
+
+
+def base_of(run: RunFolder) -> tuple[Config, Path]:
+    """The run's config and the files of the very base that it was trained on."""
+    from finetune.export.base_identity import check_base
+
+    config, manifest = config_of(run), run.read_manifest()
+    recorded = manifest.get("revision")
+    if isinstance(recorded, str) and not is_local_base(config.base):
+        config = config.model_copy(update={"revision": recorded})
+    base = weight_files(config)
+    check_base(manifest, base)
+    return config, base
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Which of the wanted files and folders are there."""
+
+    missing: tuple[Exported, ...]
+    """To be made. Their paths are those that they will have."""
+    unproven: tuple[Exported, ...]
+    """There, and still to be proven."""
+
+
+def standing(run: RunFolder, wanted: Sequence[Exported], onto: Onto, *, verify: bool) -> Standing:
+    """Sort what is wanted by what is there. Raises ExportError for what is there and is something else."""
+    states = {one.name: state_of(run, one, onto) for one in wanted}
+    problems = [
+        Problem(
+            "this exists already, and is not what would be made now",
+            str(one.path),
+            "remove it, and run the same command again",
+        )
+        for one in wanted
+        # A proof tells what nobody has a record of.
+        if states[one.name] == "other" or (states[one.name] == "unknown" and not verify)
+    ]
+    if problems:
+        raise ExportError(problems)
+    return Standing(
+        tuple(one for one in wanted if states[one.name] == "absent"),
+        tuple(one for one in wanted if verify and states[one.name] in ("unknown", "not proven")),
+    )
+
+
+def clear(*finals: Path) -> None:
+    """Remove what an earlier attempt left: files that were being written, and files that were not proven."""
+    for final in finals:
+        discard(partial_of(final))
+        discard(partial_of(partial_of(final)))
+
+
+def prove_or_record(
+    run: RunFolder,
+    config: Config,
+    base: Path,
+    exported: Sequence[Exported],
+    onto: Onto,
+    wishes: Wishes,
+    console: Console,
+) -> None:
+    """Raise ExportError with everything that is wrong; new files keep their `.partial` names then."""
+    if not exported:
+        return
+    if not wishes.verify:
+        record_unproven(run, exported, onto)
+        return
+    found = prove(run, config, base, exported, onto, console)
+    paths = {one.name: str(one.path) for one in exported}
+    problems = [
+        Problem(message, paths[name], f"{run.verification} has the numbers")
+        for name in found
+        for message in found[name]
+    ]
+    if problems:
+        raise ExportError(problems)

@@ -1,0 +1,248 @@
+"""Steps that fail: numbers that are none, memory that runs out, a signal in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune.config.schema import Config
+from finetune.console import Console
+from finetune.errors import RunError, StorageError, TrainingError
+from finetune.model.base import LoadedModel, load_base
+from finetune.model.hardware import detect
+from finetune.runs.folder import RunFolder
+from finetune.runs.log import logged
+from finetune.stopping import Stopped, Stopper, stoppable
+from finetune.train.checkpoints import seal
+from finetune.train.sft import train
+from tests.train.conftest import prepared, tiny_config
+
+Forward = Callable[[torch.nn.Module, Any, dict[str, Any]], None]
+
+
+def start(
+    config: Config, run: RunFolder, before_forward: Forward | None = None, stopper: Stopper | None = None
+) -> LoadedModel:
+    run.create()
+    loaded = load_base(config, Path(config.base), detect())
+    if before_forward is not None:
+        loaded.model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    with logged(run.log):
+        return train(config, prepared(config), loaded, run, Console(), stopper or Stopper(), {}).loaded
+
+
+def adapter_of(run: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def equal(one: RunFolder, other: RunFolder) -> bool:
+    a, b = adapter_of(one), adapter_of(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def small(tmp_path: Path, base: Path, **overrides: Any) -> Config:
+    train = {"packing": False, **overrides.pop("train", {})}
+    return tiny_config(
+        tmp_path, base=str(base), quantization=overrides.pop("quantization", "none"), train=train, **overrides
+    )
+
+
+class MemoryFor:
+    """Stands for a card on which only so many sequences fit, in training or in evaluation."""
+
+    def __init__(self, sequences: int, *, from_call: int = 0, in_training: bool = True) -> None:
+        self.sequences, self.from_call, self.in_training = sequences, from_call, in_training
+        self.calls = 0
+
+    def __call__(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.calls += 1
+        asked = module.training == self.in_training and self.calls > self.from_call
+        if asked and kwargs["input_ids"].shape[0] > self.sequences:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.fault("out of memory", "training", "smaller micro batches make the same steps; said once")
+@pytest.mark.parametrize("from_call", [0, 4], ids=["at the first batch", "after a checkpoint"])
+def test_where_memory_runs_out_smaller_micro_batches_make_the_same_steps(
+    tmp_path: Path, tiny_base: Path, from_call: int
+) -> None:
+    config = small(tmp_path, tiny_base, train={"micro_batch_size": 4, "gradient_accumulation_steps": 1})
+    small_run, retried = RunFolder(tmp_path / "small"), RunFolder(tmp_path / "retried")
+    start(small(tmp_path, tiny_base, train={"micro_batch_size": 1, "gradient_accumulation_steps": 4}), small_run)
+    start(
+        config.model_copy(update={"train": config.train.model_copy(update={"save_every": 2})}),
+        retried,
+        MemoryFor(1, from_call=from_call),
+    )
+    said = [line for line in retried.log.read_text().splitlines() if line.startswith("warning: ")]
+    assert said == [
+        "warning: out of memory with micro batches of 4; going on with 2 × 2 sequences, which is the same step",
+        "warning: out of memory with micro batches of 2; going on with 1 × 4 sequences, which is the same step",
+    ]
+    assert json.loads(retried.manifest.read_text())["micro_batch"] == {"configured": 4, "used": 1}
+    if from_call == 0:
+        assert equal(small_run, retried)
+    else:
+        # Two of the steps were taken with larger batches, whose sums round otherwise: 1e-7 a step, in a few steps.
+        a, b = adapter_of(small_run), adapter_of(retried)
+        assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+    assert [json.loads(line)["step"] for line in retried.metrics.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_what_memory_allowed_is_remembered_when_the_run_goes_on(tmp_path: Path, tiny_base: Path) -> None:
+    config = small(tmp_path, tiny_base, train={"micro_batch_size": 4, "gradient_accumulation_steps": 1})
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    run.update_manifest(micro_batch={"configured": 4, "used": 2})
+    watch = MemoryFor(2)
+    start(config, run, watch)
+    assert watch.calls == 1 + 4 * 2  # the longest batch, and two micro batches a step
+
+
+@pytest.mark.fault("out of memory with a single sequence", "training", "refused before step 1, with what to lower")
+def test_a_sequence_that_does_not_fit_alone_is_refused_before_the_first_step(tmp_path: Path, tiny_base: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(TrainingError, match="with one sequence at a time") as caught:
+        start(small(tmp_path, tiny_base), run, MemoryFor(0))
+    assert "train.sequence_length" in str(caught.value.problems[0].hint)
+    assert not run.metrics.exists()
+    assert not run.adapter.exists()
+
+
+def test_the_longest_batch_comes_first_in_training_and_in_evaluation(tmp_path: Path, tiny_base: Path) -> None:
+    config = small(tmp_path, tiny_base, evaluation={"split": 4, "every": 4, "samples": 1})
+    widths: list[tuple[bool, int]] = []
+    start(
+        config,
+        RunFolder(tmp_path / "run"),
+        lambda module, args, kwargs: widths.append((module.training, kwargs["input_ids"].shape[1])),
+    )
+    assert [training for training, _ in widths[:2]] == [True, False]
+    assert widths[0][1] == max(width for training, width in widths if training)
+    assert widths[1][1] == max(width for training, width in widths if not training)
+
+
+def test_trying_the_longest_batch_leaves_no_trace_in_what_is_trained(tmp_path: Path, tiny_base: Path) -> None:
+    from finetune.train.trainer import Trainer
+
+    config = small(tmp_path, tiny_base, lora={"rank": 4, "dropout": 0.3})
+    tried, untried = RunFolder(tmp_path / "tried"), RunFolder(tmp_path / "untried")
+    start(config, tried)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "try_longest", lambda *_: None)
+        start(config, untried)
+    assert equal(tried, untried)
+
+
+@pytest.mark.fault("a loss that is not a number", "training", "stopped within the step, which is named with its rows")
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_step_whose_loss_is_not_finite_is_not_taken_and_its_rows_are_named(
+    tmp_path: Path, tiny_base: Path, quantization: str
+) -> None:
+    """One row has a token whose embedding is NaN: the micro batch with it must be named, and no other."""
+    config = small(tmp_path, tiny_base, quantization=quantization, evaluation={"split": 0})
+    data = prepared(config)
+    rows = list(data.train)
+    counts: dict[int, set[int]] = {}
+    for number, row in enumerate(rows):
+        for token in row.ids.tolist():
+            counts.setdefault(token, set()).add(number)
+    token, (number,) = next((token, users) for token, users in counts.items() if len(users) == 1)
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in tiny_base.iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.embed_tokens.weight"][token] = float("nan")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    config = config.model_copy(
+        update={
+            "base": str(base),
+            "train": config.train.model_copy(update={"max_steps": None, "epochs": 1, "save_every": 1}),
+        }
+    )
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(TrainingError, match="the loss is no longer a finite number at step") as caught:
+        start(config, run, stopper=Stopper())
+    said = str(caught.value)
+    assert rows[number].place in said
+    assert said.count(".jsonl:") == config.train.micro_batch_size
+    assert not run.adapter.exists()
+    for checkpoint in run.checkpoints.glob("checkpoint-*"):
+        tensors = load_file(checkpoint / "adapter_model.safetensors")
+        assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, tiny_base: Path) -> None:
+    """A learning rate beyond what float32 holds: the loss and the gradient are fine, and the step destroys all."""
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"`.*lora_.*` is no longer a finite number at step 1"):
+        start(small(tmp_path, tiny_base, train={"learning_rate": 1e38, "save_every": 1, "warmup": 0.0}), run)
+    assert not run.adapter.exists()
+    assert not list(run.checkpoints.glob("checkpoint-*"))
+
+
+@pytest.mark.fault("SIGTERM, SIGINT, SIGHUP", "training step", "saved at the end of the step, then exit code 75")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_saves_the_run_at_the_end_of_the_step(tmp_path: Path, tiny_base: Path, name: str) -> None:
+    run = RunFolder(tmp_path / "run")
+    calls = 0
+
+    def send(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1 + 2 + 1:  # the longest batch, the two micro batches of step 1, and the first of step 2
+            os.kill(os.getpid(), getattr(signal, name))
+
+    with pytest.raises(Stopped, match=name), stoppable() as stopper:
+        start(small(tmp_path, tiny_base, train={"save_every": 100}), run, send, stopper)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["checkpoint-2"]
+    assert not run.adapter.exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_no_pickle_that_could_run_something_is_written(tmp_path: Path, tiny_base: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    start(small(tmp_path, tiny_base), run)
+    assert not list(run.path.rglob("training_args.bin"))
+    for path in [*run.path.rglob("*.pt"), *run.path.rglob("*.pth")]:
+        from transformers.trainer import safe_globals
+
+        with safe_globals():
+            torch.load(path, weights_only=True)
+
+
+def test_a_checkpoint_of_somebody_else_that_cannot_be_read_is_an_error_and_not_a_bug(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    config = small(tmp_path, tiny_base, train={"save_every": 2})
+    start(config, run)
+    for name in ("checkpoint-4",):
+        (run.checkpoints / name / "whole.json").unlink()
+    checkpoint = run.checkpoints / "checkpoint-2"
+    (checkpoint / "optimizer.pt").write_bytes(b"not a zip archive")
+    seal(checkpoint)
+    with pytest.raises(RunError, match="this checkpoint cannot be gone on from"):
+        start(config, run)
+
+
+@pytest.mark.fault("a disk that is too small", "before step 1", "refused, with what is needed and what is free")
+def test_room_for_the_checkpoints_is_asked_for_before_the_first_step(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 100_000))  # type: ignore[attr-defined]
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(StorageError, match=r"training \(it keeps 2 checkpoints\): .* needed, 97.7 KiB free"):
+        start(small(tmp_path, tiny_base), run)
+    assert not run.metrics.exists()
