@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 FT := $(BIN)/ft
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: quickstart test lint types unit docs lock clean
+.PHONY: quickstart test lint types unit test-faults audit docs lock clean
 
 quickstart: $(VENV)/.ready
 	$(FT) train configs/quickstart.yaml
@@ -28,9 +28,21 @@ types: $(VENV)/.ready-dev
 unit: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest
 
-docs: $(VENV)/.ready
+# Kills training, merging and exporting at every one of their writes: 20 minutes.
+test-faults: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m every_event
+
+# Known weaknesses of what is locked; needs the network.
+audit:
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip --disable-pip-version-check --quiet install pip-audit
+	$(VENV)/audit/bin/pip-audit --strict --disable-pip --require-hashes -r requirements/lock.txt -r requirements/lock-dev.txt
+	$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps -r requirements/torch.txt
+
+docs: $(VENV)/.ready-dev
 	$(BIN)/python -c "from finetune.config.reference import reference_page; print(reference_page(), end='')" > docs/config.md
 	$(FT) config schema > finetune/config/config.schema.json
+	$(BIN)/python -m pytest --collect-only -qq --reliability docs/reliability.md > /dev/null
 
 # torch comes first and by itself: the same version has CPU and CUDA builds, so the lock cannot hold its hash.
 $(VENV)/.ready: requirements/torch.txt requirements/lock.txt pyproject.toml

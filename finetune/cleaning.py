@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.console import Console, size
+from finetune.data.cache import is_being_written
 from finetune.errors import FinetuneError, RunError
 from finetune.pipeline import CACHE
 from finetune.runs.files import discard, storage_errors, sync_folder, write_json
@@ -126,8 +127,7 @@ def _prepared(run: RunFolder) -> Iterator[Path]:
     own = run.read_manifest().get("prepared")
     others = {_prepared_key(other) for other in list_runs(run.path.parent) if other.path != run.path} - {own}
     for entry in entries:
-        writer = entry.name.partition("-")[0]
-        unfinished = entry.name.endswith(".partial") and writer.isdecimal() and _is_running(int(writer))
+        unfinished = entry.name.endswith(".partial") and is_being_written(entry)
         if entry.is_dir() and entry.name not in others and not unfinished:
             yield entry
 
@@ -138,16 +138,6 @@ def _prepared_key(run: RunFolder) -> str | None:
     except FinetuneError:
         return None
     return key if isinstance(key, str) else None
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        pass  # somebody else's
-    return True
 
 
 def _rewrite(path: Path, cleaned: Any) -> int | None:

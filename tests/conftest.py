@@ -19,6 +19,23 @@ hypothesis.settings.load_profile("ft")
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 
 
+ALL_ITEMS = pytest.StashKey[list[pytest.Item]]()
+"""Every test there is, those included that are not run by default."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reliability", metavar="FILE", help="Write the table of faults that tests prove survived.")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[ALL_ITEMS] = list(items)
+    if file := config.getoption("--reliability"):
+        from tests.reliability import faults, page
+
+        Path(file).write_text(page(faults(items)), "utf-8")
+
+
 @pytest.fixture(scope="session")
 def assets() -> Path:
     """Real models, tokenizers, chat templates and data; tests that need them are skipped in a fresh clone."""

@@ -175,7 +175,8 @@ class Train(Section):
     """Gradients are clipped to this norm."""
 
     micro_batch_size: PositiveInt = 2
-    """Sequences in one forward and backward pass. Raise it until memory is full."""
+    """Sequences in one forward and backward pass. Raise it until memory is full. Where memory does not suffice, smaller
+    micro batches are taken that make the same steps, and the run says so."""
 
     gradient_accumulation_steps: PositiveInt = 8
     """Passes summed into one optimizer step; micro_batch_size × this is the effective batch. 16 is the common value."""
@@ -194,7 +195,7 @@ class Train(Section):
 
     optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "auto"
     """`auto` is AdamW with fp32 state: an adapter is so small that 8-bit state saves little. The paged and 8-bit ones
-    are for large ranks on small cards; they need a CUDA GPU."""
+    are for large ranks on small cards (on a CPU, nothing is paged)."""
 
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: far less memory for about a third more time. `auto` is on with a GPU,
@@ -207,8 +208,9 @@ class Train(Section):
     """Write a checkpoint every so many optimizer steps. Not given: ten times over the run, but at most every 25
     steps."""
 
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    """How many of the newest checkpoints are kept. Two, so that one that turns out damaged does not cost the run."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """How many of the newest checkpoints are kept, besides the one with the lowest loss where `evaluation.every` tells.
+    Two at least, so that one that turns out damaged does not cost the run."""
 
     log_every: PositiveInt | None = None
     """Write a line of metrics every so many optimizer steps. Not given: 100 times over the run, at least."""

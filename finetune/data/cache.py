@@ -92,7 +92,7 @@ class Cache:
         with storage_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             for old in self._folder.glob("*.partial"):
-                if time.time() - old.stat().st_mtime > 24 * 3600:  # a killed process left it
+                if not is_being_written(old):  # a killed process left it
                     shutil.rmtree(old, ignore_errors=True)
             partial = self._folder / f"{os.getpid()}-{time.monotonic_ns()}.partial"
             partial.mkdir(mode=0o700)
@@ -130,6 +130,20 @@ class Cache:
         yield known
         if json.dumps(known) != before and self._folder.is_dir():
             write_json(path, known)
+
+
+def is_being_written(partial: Path) -> bool:
+    """Whether the process that began this folder, and is in its name, still runs, or may do so."""
+    number = partial.name.partition("-")[0]
+    if os.name != "posix":  # elsewhere the question ends the process that is asked about
+        return time.time() - partial.stat().st_mtime < 24 * 3600
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except OSError:
+        pass  # somebody else's
+    return True
 
 
 def _pinned(source: DataSource) -> bool:

@@ -16,6 +16,7 @@ from finetune.delivery.wishes import Wishes
 from finetune.errors import ConfigError
 from finetune.export.gguf.encode import Quant
 from finetune.runs.folder import RunFolder
+from finetune.stopping import stoppable
 
 __all__ = ["Wishes", "export", "merge"]
 
@@ -25,7 +26,7 @@ QUANTS: dict[str, Quant] = {quant: quant for quant in get_args(Quant)}
 
 def merge(run: RunFolder, wishes: Wishes, console: Console) -> None:
     """`ft merge`: base + adapter in 16 bit, into the run folder, proven."""
-    with run.lock():
+    with stoppable(), run.lock():
         write_merged(run, wishes, console)
 
 
@@ -34,7 +35,7 @@ def export(run: RunFolder, to: str, quants: Sequence[str], wishes: Wishes, conso
     if to not in FORMATS:
         raise ConfigError(f"--to is one of {', '.join(FORMATS)}, not {to!r}", hint=f"`ft export {run.path} --to gguf`")
     chosen = _chosen(quants)
-    with run.lock():
+    with stoppable(), run.lock():
         if to == "hf":
             write_merged(run, wishes, console)
             console.say(f"next: {run.merged} loads with transformers, vLLM and mlx-lm")

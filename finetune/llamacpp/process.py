@@ -21,7 +21,9 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +36,7 @@ from typing import IO, Any, NoReturn
 from finetune.errors import ExportError, MissingExtraError, StorageError
 from finetune.llamacpp import child
 
+_HAS_SOCKETS = hasattr(socket, "AF_UNIX") and os.name == "posix"
 _QUIET, _VERBOSE = 1, 3  # llama.cpp's levels: 1 errors, 2 warnings, 3 information
 
 
@@ -64,9 +67,11 @@ class Process:
         self._log = _open_log(log)
         self._log_start = self._log.seek(0, os.SEEK_END)
         self._child = child.start("process", "serve", self._log)
+        self._folder = tempfile.mkdtemp(prefix="ft-llama-") if endpoint is None and _HAS_SOCKETS else None
+        """Where its socket lies, if it serves this process alone: no port, and nobody else may enter."""
         order = settings | {"path": str(path), "verbosity": _VERBOSE if log else _QUIET} | self._listen(endpoint)
         try:
-            self.host, self.port = self._start(order)
+            self._address = self._start(order)
         except BaseException:
             self.close()
             raise
@@ -105,11 +110,14 @@ class Process:
         """End the process. May be called twice."""
         child.end(self._child)
         self._log.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _listen(self, endpoint: Endpoint | None) -> dict[str, Any]:
         """Where to listen, and which keys to take. Without an endpoint: for us alone."""
         if endpoint is None:
-            return {"host": "127.0.0.1", "port": 0, "keys": [self._key], "name": None, "parallel": 1}
+            host = "127.0.0.1" if self._folder is None else os.path.join(self._folder, "llama.sock")
+            return {"host": host, "port": 0, "keys": [self._key], "name": None, "parallel": 1}
         return {
             "host": endpoint.host,
             "port": endpoint.port,
@@ -118,7 +126,7 @@ class Process:
             "parallel": endpoint.parallel,
         }
 
-    def _start(self, order: dict[str, Any]) -> tuple[str, int]:
+    def _start(self, order: dict[str, Any]) -> str:
         """Send the order, wait for the model to be loaded, return where it listens."""
         assert self._child.stdin is not None
         assert self._child.stdout is not None
@@ -130,12 +138,26 @@ class Process:
         if "error" in reply:
             words = self._logged_error() or reply["error"]
             raise ExportError(f"llama.cpp cannot load this file: {words}", place=self._place)
-        host, _, port = str(reply["address"]).removeprefix("http://").rpartition(":")
-        return host, int(port)
+        return str(reply["address"])
+
+    @property
+    def host(self) -> str:
+        """Of an endpoint: the address that it listens on."""
+        return self._address.removeprefix("http://").rpartition(":")[0]
+
+    @property
+    def port(self) -> int:
+        """Of an endpoint: the port that it listens on."""
+        return int(self._address.rpartition(":")[2])
+
+    def _connection(self) -> http.client.HTTPConnection:
+        if self._address.startswith("unix://"):
+            return _SocketConnection(self._address.removeprefix("unix://"))
+        return http.client.HTTPConnection(self.host, self.port)
 
     @contextlib.contextmanager
     def _request(self, path: str, body: dict[str, Any]) -> Iterator[http.client.HTTPResponse]:
-        connection = http.client.HTTPConnection(self.host, self.port)
+        connection = self._connection()
         try:
             headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
             try:
@@ -174,6 +196,18 @@ class Process:
         return None
 
 
+class _SocketConnection(http.client.HTTPConnection):
+    """HTTP through a socket in the file system: it works without any network, and only its owner can open it."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.connect(self._path)
+
+
 def _words(answer: Any) -> str:
     error = answer.get("error", answer) if isinstance(answer, dict) else answer
     return str(error.get("message", error) if isinstance(error, dict) else error)
@@ -207,6 +241,8 @@ def serve() -> None:
         reply = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(reply), file=parent, flush=True)
     sys.stdin.read()
+    if os.path.isabs(order["host"]):  # the parent may have been killed, and leave its folder to us
+        shutil.rmtree(os.path.dirname(order["host"]), ignore_errors=True)
     os._exit(0)
 
 

@@ -60,6 +60,8 @@ def add_adapter(config: Config, loaded: LoadedModel) -> PeftModel:
     # What the adapter says of its base must hold on another machine: the Hub id, not the folder of this one's cache.
     active = model.peft_config["default"]
     active.base_model_name_or_path, active.revision = config.base, config.revision
+    # PEFT has them in a set, whose order, and with it the file's, changes from process to process.
+    active.target_modules = sorted(active.target_modules)
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -100,6 +101,9 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
             return  # the library's closing summary, which repeats what is in the lines before
         with storage_errors(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+            # A checkpoint that outlasts a power cut must not be ahead of these lines: they are not written again.
+            file.flush()
+            os.fsync(file.fileno())
         self._console.event("metrics", **record)
 
 

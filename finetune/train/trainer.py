@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers.trainer_callback import TrainerState
 from trl import SFTTrainer
 
-from finetune.errors import RunError, StorageError, TrainingError
+from finetune.errors import RunError, TrainingError
 from finetune.model.memory import is_out_of_memory
 from finetune.runs.files import write_json
 from finetune.train import checkpoints
@@ -125,21 +125,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         checkpoints.rotate(folder, step, self._keep, self._best_step())
 
     def _fill(self, folder: Path) -> None:
-        try:
-            self.model.save_pretrained(str(folder), save_embedding_layers=False)
-            (folder / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
-        except (RuntimeError, SafetensorError) as error:
-            if "os error" in str(error) or is_out_of_memory(error):
-                raise  # whoever called knows what it means
-            # torch's writer says neither which call failed nor why.
-            raise StorageError(
-                f"cannot be written: {str(error).splitlines()[0]}",
-                place=str(folder),
-                hint="free some disk space and run the same command again: it goes on from the last checkpoint",
-            ) from error
+        self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
         self.state.save_to_json(str(folder / "trainer_state.json"))
         write_json(folder / FINGERPRINT, self._record)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -157,22 +158,35 @@ import os, sys
 from pathlib import Path
 from finetune.llamacpp import LlamaCpp
 llama = LlamaCpp(Path(sys.argv[1]), context=64, gpu_layers=0, threads=1)
-print(llama._process.host, llama._process.port, flush=True)
+print(llama._process._address, flush=True)
 os.kill(os.getpid(), 9)
 """
 
 
 @pytest.mark.skipif(os.name == "nt", reason="kills a process as POSIX systems do")
+@pytest.mark.fault("kill -9", stage="chat, export", outcome="llama.cpp ends as well, and leaves nothing behind")
 def test_the_process_ends_with_its_parent(gguf: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", ORPHAN, str(gguf)], capture_output=True, text=True)
-    host, port = killed.stdout.split()
+    scheme, path = killed.stdout.strip().split("://")
+    assert scheme == "unix"
     for _ in range(100):
         try:
-            socket.create_connection((host, int(port))).close()
-        except ConnectionRefusedError:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            assert not Path(path).parent.exists()
             return
         time.sleep(0.1)
     pytest.fail("llama.cpp outlived its parent")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows gets a port")
+def test_it_listens_on_no_port_and_only_its_owner_can_ask_it(gguf: Path) -> None:
+    with LlamaCpp(gguf, context=64, gpu_layers=0, threads=1) as llama:
+        path = Path(llama._process._address.removeprefix("unix://"))
+        assert path.is_socket()
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert not path.parent.exists()
 
 
 def test_without_the_library_the_hint_names_the_extra(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,6 @@ def _steps() -> list[list[str]]:
         ["ft", "eval", "tiny"],
         ["ft", "merge", "tiny"],
         ["ft", "chat", "tiny", "--using", "adapter", "--prompt", "hello", "--max-tokens", "2"],
-        ["up"],  # llama.cpp's server is spoken to through the loopback interface
         ["ft", "export", "tiny", "--to", "gguf", "--system", "Be brief."],
         ["ft", "chat", "tiny", "--using", "gguf", "--prompt", "hello", "--max-tokens", "2"],
     ]

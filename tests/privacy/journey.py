@@ -1,28 +1,18 @@
 """A whole life of a run in one process, as the tests of this folder need it: `python journey.py STEPS OUTCOMES`.
 
-STEPS is a JSON list of command lines, `["ft", ...]`, and of two more words: `["up"]` gives the network namespace that
-this process is in a loopback interface, `["copy", FROM, TO]` keeps a state. OUTCOMES gets a list of what came of each
-command: its exit code and what it wrote. Importing torch once instead of eight times is what makes this affordable.
+STEPS is a JSON list of command lines, `["ft", ...]`, and of `["copy", FROM, TO]`, which keeps a state. OUTCOMES gets a
+list of what came of each command: its exit code and what it wrote. Importing torch once instead of eight times is what
+makes this affordable.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import shutil
-import socket
-import struct
 import sys
 from pathlib import Path
-
-_SET_FLAGS, _UP, _RUNNING = 0x8914, 0x1, 0x40  # SIOCSIFFLAGS, IFF_UP, IFF_RUNNING of Linux
-
-
-def loopback_up() -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sH14x", b"lo", _UP | _RUNNING))
 
 
 def run(arguments: list[str]) -> dict[str, object]:
@@ -48,9 +38,7 @@ def run(arguments: list[str]) -> dict[str, object]:
 def main() -> None:
     outcomes = []
     for step in json.loads(Path(sys.argv[1]).read_text("utf-8")):
-        if step[0] == "up":
-            loopback_up()
-        elif step[0] == "copy":
+        if step[0] == "copy":
             shutil.copytree(step[1], step[2])
         else:
             outcomes.append(run(step))

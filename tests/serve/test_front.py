@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.serve.address import listeners
 from finetune.serve import front
+from finetune.serve.address import listeners
 from finetune.serve.front import Front, Refusal, admit, body_length
 from tests.serve.conftest import ONCE
 from tests.serve.test_server import Served, ask, openai, start, stop
