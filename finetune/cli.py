@@ -110,7 +110,7 @@ def data(
     config: ConfigArgument,
     overrides: SetOption = None,
     row: Annotated[int, typer.Option(help="The first row to show, counted from 1.")] = 1,
-    rows: Annotated[int, typer.Option(help="How many rows to show.")] = 3,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
     find: Annotated[str | None, typer.Option(metavar="TEXT", help="Show rows that hold this text.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page instead.")] = None,
     runs: RunsOption = RUNS,
@@ -413,6 +413,9 @@ def main() -> None:
         sys.exit(app(prog_name="ft", standalone_mode=False))
     except FinetuneError as error:
         console.error(error)
+        sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        console.data(error.format_message())
         sys.exit(error.exit_code)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.base_files import resolved_revision, small_files, weight_files
+from finetune.base_files import check_weights, resolved_revision, small_files, weight_files
 from finetune.config.load import LoadedConfig, load
 from finetune.config.schema import Config, is_local_base
 from finetune.console import Console, duration, size
@@ -22,7 +22,7 @@ from finetune.model.adapter import check_targets
 from finetune.redaction import redacted
 from finetune.resuming import Resumption, choose_run, day_of, nothing_to_do, reserved, resumption
 from finetune.runs.files import write_json, write_text
-from finetune.runs.folder import RunFolder
+from finetune.runs.folder import RunFolder, check_adapter
 from finetune.runs.log import logged, stay_offline
 from finetune.runs.manifest import provenance, resolved_yaml, timestamp
 from finetune.runs.tracking import check_tracking, prepare_tracking
@@ -65,6 +65,8 @@ def train(
         # Everything that can be wrong with the input is found before anything is written and before torch is loaded.
         check_tracking(loaded.config)
         folder = small_files(loaded.config)
+        if is_local_base(loaded.config.base):
+            check_weights(folder)
         check_targets(loaded.config, folder, loaded.place("lora.targets"))
         with reserved(run):
             if nothing_to_do(run, loaded):
@@ -122,6 +124,7 @@ def evaluate(run: RunFolder, console: Console) -> Comparison | None:
     from finetune.model.base import LoadedModel, load_base
     from finetune.model.hardware import detect
 
+    check_adapter(run)
     config = config_of(run)
     folder = small_files(config)
     data = prepare_shown(config, folder, run.path.parent / CACHE, console, day_of(run))

@@ -13,30 +13,30 @@ import pytest
 HEAD = """\
 # Reliability
 
-No fault costs more than the steps since the last checkpoint; going on gives the very model that an unbroken run gives (on
-a CPU bit for bit, tested; a GPU adds sums in an order of its own); no wrong input gives a traceback; nothing private
-leaves the machine. What that means in practice:
+No fault costs more than the steps since the last checkpoint; going on gives the very model that an unbroken run
+gives (on a CPU bit for bit, tested; a GPU adds sums in an order of its own); no wrong input gives a traceback;
+nothing private leaves the machine. What that means in practice:
 
-- **The same command again** is the answer to everything: `ft train`, `ft merge` and `ft export` find what is whole, remove
-  what is not, and do the rest. Exit code 75 says that this is so after Ctrl-C, SIGTERM or SIGHUP; a second Ctrl-C leaves
-  at once, which is as harmless as `kill -9`.
-- **A checkpoint** has its name only once it is whole and on the disk; the size and hash of each of its files are in it. One
-  that was damaged later is passed over for the one before, with a warning that names the file. The newest
+- **The same command again** is the answer to everything: `ft train`, `ft merge` and `ft export` find what is whole,
+  remove what is not, and do the rest. Exit code 75 says that this is so after Ctrl-C, SIGTERM or SIGHUP; a second
+  Ctrl-C leaves at once, which is as harmless as `kill -9`.
+- **A checkpoint** has its name only once it is whole and on the disk; the size and hash of each of its files are in
+  it. One that was damaged later is passed over for the one before, with a warning that names the file. The newest
   `train.keep_checkpoints` are kept, by step, and the best one.
 - **What has changed** since the checkpoint (settings, data, template, base) is named and refused, unless you say
   `--allow-changed KEY`. More epochs are no change: a finished run goes on.
-- **Memory** that runs out halves the micro batch and doubles the accumulation: the same rows make the same step. The longest
-  batch is tried before step 1.
-- **Numbers** that are none stop the run before the optimizer takes the step; the rows of the step are named. No tensor with
-  such numbers is saved, merged or exported.
+- **Memory** that runs out halves the micro batch and doubles the accumulation: the same rows make the same step.
+  The longest batch is tried before step 1.
+- **Numbers** that are none stop the run before the optimizer takes the step; the rows of the step are named. No
+  tensor with such numbers is saved, merged or exported.
 - **Room** on the disk is asked for before step 1, before a merge and before an export.
 
-What is not promised: the steps of a GPU run after a resume are those of an unbroken one up to the order in which the GPU
-adds numbers; real memory faults of a GPU were injected on a CPU, not provoked on a card; a disk that lies about `fsync` can
-lose a checkpoint, and then the one before it is used.
+What is not promised: the steps of a GPU run after a resume are those of an unbroken one up to the order in which
+the GPU adds numbers; real memory faults of a GPU were injected on a CPU, not provoked on a card; a disk that lies
+about `fsync` can lose a checkpoint, and then the one before it is used.
 
-The table is made from the tests: each line is a test that injects the fault. `make test` runs them; `make test-faults`
-kills training, merging and exporting at every one of their writes.
+The table is made from the tests: each line is a test that injects the fault. `make test` runs them; `make
+test-faults` kills training, merging and exporting at every one of their writes.
 
 | fault | stage | outcome | proven by | cases |
 |---|---|---|---|---|

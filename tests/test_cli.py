@@ -264,3 +264,11 @@ def test_runs_names_what_is_damaged_and_lists_the_rest(run_ft: RunFt, tmp_path: 
     ]
     events = [json.loads(line) for line in run_ft("runs", "--json", cwd=tmp_path).stdout.splitlines()]
     assert [event["state"] for event in events] == ["finished", "finished", "damaged"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["config"]])
+def test_a_command_without_its_arguments_shows_what_there_is(run_ft: RunFt, arguments: list[str]) -> None:
+    result = run_ft(*arguments)
+    assert result.stdout.startswith("Usage: ft")
+    assert "\nCommands:\n" in result.stdout
+    assert result.stderr == ""

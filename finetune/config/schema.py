@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 Format = Literal[
@@ -181,7 +181,7 @@ class Train(Section):
     gradient_accumulation_steps: PositiveInt = 8
     """Passes summed into one optimizer step; micro_batch_size × this is the effective batch. 16 is the common value."""
 
-    sequence_length: Annotated[int, Field(ge=8)] = 2048
+    sequence_length: Annotated[int, Field(ge=8, le=2**24)] = 2048
     """The longest sequence, in tokens. Memory grows with it. Also the size of a pack."""
 
     packing: bool = True

@@ -36,7 +36,8 @@ from typing import IO, Any, NoReturn
 from finetune.errors import ExportError, MissingExtraError, StorageError
 from finetune.llamacpp import child
 
-_HAS_SOCKETS = hasattr(socket, "AF_UNIX") and os.name == "posix"
+_SOCKET_NAME_BYTES = 103
+"""The longest name of a socket: 107 on Linux, 103 on macOS."""
 _QUIET, _VERBOSE = 1, 3  # llama.cpp's levels: 1 errors, 2 warnings, 3 information
 
 
@@ -67,7 +68,7 @@ class Process:
         self._log = _open_log(log)
         self._log_start = self._log.seek(0, os.SEEK_END)
         self._child = child.start("process", "serve", self._log)
-        self._folder = tempfile.mkdtemp(prefix="ft-llama-") if endpoint is None and _HAS_SOCKETS else None
+        self._folder = _socket_folder() if endpoint is None else None
         """Where its socket lies, if it serves this process alone: no port, and nobody else may enter."""
         order = settings | {"path": str(path), "verbosity": _VERBOSE if log else _QUIET} | self._listen(endpoint)
         try:
@@ -194,6 +195,17 @@ class Process:
             if "GGML_ASSERT" in line or "Error:" in line:
                 return line.strip()
         return None
+
+
+def _socket_folder() -> str | None:
+    """A new folder for a socket, or None where the system has no such sockets, or its name would be too long."""
+    if not hasattr(socket, "AF_UNIX") or os.name != "posix":
+        return None
+    folder = tempfile.mkdtemp(prefix="ft-llama-")
+    if len(os.fsencode(folder)) + len("/llama.sock") > _SOCKET_NAME_BYTES:
+        os.rmdir(folder)
+        return None
+    return folder
 
 
 class _SocketConnection(http.client.HTTPConnection):

@@ -161,7 +161,19 @@ def test_a_base_that_was_not_trained_on_is_refused(make_llama: LlamaMaker, stori
     with pytest.raises(ExportError, match=r"config\.json: is not the file that the adapter was trained on"):
         merge(base, adapter, tmp_path / "merged", tokenizer=stories, dtype=None, recorded=recorded)
     assert not list(tmp_path.glob("merged*"))
-    assert fingerprint(make_llama("sharded", shard="60KB")).keys() == {"config.json", "model.safetensors.index.json"}
+    sharded = make_llama("sharded", shard="60KB")
+    names = {"config.json", "model.safetensors.index.json", "weights"}
+    before = fingerprint(sharded)
+    assert before.keys() == names
+    # Other values under the same heads, as another training of the same model has them.
+    last = sorted(sharded.glob("*.safetensors"))[-1]
+    content = bytearray(last.read_bytes())
+    content[-1] ^= 1
+    last.write_bytes(content)
+    after = fingerprint(sharded)
+    assert {name for name in names if before[name] != after[name]} == {"weights"}
+    with pytest.raises(ExportError, match="has other weights than the base that the adapter was trained on"):
+        check_base({"base_files": before}, sharded)
 
 
 def test_another_revision_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,6 +179,18 @@ def test_the_process_ends_with_its_parent(gguf: Path) -> None:
             return
         time.sleep(0.1)
     pytest.fail("llama.cpp outlived its parent")
+
+
+def test_a_folder_whose_name_is_too_long_for_a_socket_means_a_port(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("x" * 90)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with LlamaCpp(gguf, context=64, gpu_layers=0, threads=1) as llama:
+        assert llama._process._address.startswith("http://127.0.0.1:")
+        assert llama.tokenize("Once")
+    assert list(deep.iterdir()) == []
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows gets a port")

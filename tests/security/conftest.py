@@ -27,15 +27,19 @@ SECONDS = 120
 """After so long a command has hung. They take two to five seconds; a busy machine may take ten times that."""
 
 PROGRAM = """
-import json, os, resource, signal, sys, time, warnings
+import gc, importlib, json, os, pkgutil, signal, sys, time, warnings
 warnings.simplefilter("ignore")
 import bitsandbytes, datasets, gguf, peft, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
+import finetune
+for found in pkgutil.walk_packages(finetune.__path__, "finetune."):
+    importlib.import_module(found.name)
 from finetune.cli import main
 from finetune.data import limits
 torch.set_num_threads(1)
 limits.SECONDS = 1.0  # what does not end does not end in one second either
+gc.freeze()
 print("ready", flush=True)
 for line in sys.stdin:
     case = json.loads(line)
