@@ -20,11 +20,11 @@ from finetune.errors import RunError, StorageError
 from finetune.export.base_identity import fingerprint
 from finetune.model.adapter import check_targets
 from finetune.redaction import redacted
-from finetune.resuming import Resumption, choose_run, day_of, nothing_to_do, reserved, resumption
+from finetune.resuming import Resumption, choose_run, nothing_to_do, reserved, resumption
 from finetune.runs.files import write_json, write_text
 from finetune.runs.folder import RunFolder, check_adapter
 from finetune.runs.log import logged, stay_offline
-from finetune.runs.manifest import provenance, resolved_yaml, timestamp
+from finetune.runs.manifest import day_of, provenance, resolved_yaml, timestamp
 from finetune.runs.tracking import check_tracking, prepare_tracking
 from finetune.stopping import Stopped, Stopper, stoppable
 from finetune.train.length import steps_in_all
@@ -104,7 +104,7 @@ def _begin(
     write_text(run.resolved, resolved_yaml(loaded))
     began = run.read_manifest() if resuming.checkpoint is not None else {}
     fields = provenance(loaded) | {
-        "day": resuming.day.isoformat(),
+        "day": resuming.day.date().isoformat(),
         "changes": list(resuming.changes),
         "revision": resolved_revision(base) or loaded.config.revision,
         "base_files": base_files,
@@ -127,7 +127,7 @@ def evaluate(run: RunFolder, console: Console) -> Comparison | None:
     check_adapter(run)
     config = config_of(run)
     folder = small_files(config)
-    data = prepare_shown(config, folder, run.path.parent / CACHE, console, day_of(run))
+    data = prepare_shown(config, folder, run.path.parent / CACHE, console, day_of(run.read_manifest()))
     with logged(run.log), console.progress("evaluating") as progress:
         loaded = load_base(config, weight_files(config), detect())
         loaded = LoadedModel(load_adapter(loaded, run.adapter), loaded.hardware)

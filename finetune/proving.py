@@ -18,10 +18,9 @@ from finetune.data.template import choose_template, end_of_turn
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import FinetuneError
 from finetune.pipeline import CACHE
-from finetune.resuming import day_of
 from finetune.runs.files import write_json
 from finetune.runs.folder import RunFolder
-from finetune.runs.manifest import sha256, timestamp
+from finetune.runs.manifest import day_of, sha256, timestamp
 
 if TYPE_CHECKING:
     from finetune.data.store import TokenRow
@@ -118,7 +117,7 @@ def _subject(run: RunFolder, config: Config, base: Path, onto: Onto, console: Co
     from finetune.model.hardware import detect
 
     tokenizer = load_tokenizer(run.adapter)
-    template = choose_template(None, tokenizer, day_of(run)) if tokenizer.chat_template else None
+    template = choose_template(None, tokenizer, day_of(run.read_manifest())) if tokenizer.chat_template else None
     rows, rows_are = _rows(run, config, console)
     return Subject(
         base=open_model(base),
@@ -146,7 +145,7 @@ def _open(one: Exported, device: str, context: int, stack: contextlib.ExitStack)
 def _rows(run: RunFolder, config: Config, console: Console) -> tuple[Sequence[TokenRow], str]:
     """Held-out rows, or else training rows; none if the data is not here any more, which a proof does not need."""
     try:
-        data = prepare(config, small_files(config), cache=run.path.parent / CACHE, today=day_of(run))
+        data = prepare(config, small_files(config), cache=run.path.parent / CACHE, today=day_of(run.read_manifest()))
     except FinetuneError as error:
         console.say(f"note: compared on the project's own texts alone, since the run's data cannot be read: {error}")
         return (), "no"

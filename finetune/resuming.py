@@ -16,7 +16,7 @@ from finetune.console import Console
 from finetune.data.prepare import PreparedData
 from finetune.errors import RunError
 from finetune.runs.folder import RunFolder, next_run, runs_of
-from finetune.runs.manifest import as_plain, changed_keys, today
+from finetune.runs.manifest import as_plain, changed_keys, day_of, today
 from finetune.train.checkpoints import clear_leftovers, newest_whole, step_of
 from finetune.train.fingerprint import FREE, changes, fingerprint, read, require_same
 
@@ -121,17 +121,9 @@ def resumption(run: RunFolder, loaded: LoadedConfig, runs: Path, allowed: tuple[
         run,
         checkpoint,
         allowed,
-        day_of(run) if checkpoint else today(),
+        day_of(known) if checkpoint else today(),
         tuple(changed) if checkpoint and changed else (),
     )
-
-
-def day_of(run: RunFolder) -> datetime.datetime:
-    """The day on which a run began; now, if it does not say."""
-    try:
-        return datetime.datetime.fromisoformat(run.read_manifest()["day"])
-    except (KeyError, TypeError, ValueError):
-        return today()
 
 
 def _config_before(run: RunFolder) -> dict[str, Any] | None:

@@ -18,10 +18,10 @@ from finetune.data.tokenizer import load_tokenizer
 from finetune.delivery.wishes import Wishes, base_of, clear, onto_of, prove_or_record, standing
 from finetune.export.gguf.encode import Quant
 from finetune.proving import Exported
-from finetune.resuming import day_of
 from finetune.runs.files import discard, partial_of, promote, require_space, storage_errors, write_text
 from finetune.runs.folder import RunFolder
 from finetune.runs.log import logged
+from finetune.runs.manifest import day_of
 
 if TYPE_CHECKING:
     from finetune.export.gguf.convert import GgufPlan
@@ -179,7 +179,7 @@ def _ollama_template(run: RunFolder) -> str:
     from finetune.export.verify.probes import CONVERSATIONS, render
 
     tokenizer = load_tokenizer(run.adapter)
-    template = choose_template(None, tokenizer, day_of(run))
+    template = choose_template(None, tokenizer, day_of(run.read_manifest()))
     bos = template.special.get("bos_token", "")
     # The GGUF file has runtimes put the BOS before every text if the template begins with it.
     return ollama_template(template, adds_bos=bool(bos) and (render(template, CONVERSATIONS[0]) or "").startswith(bos))
