@@ -10,7 +10,8 @@ import torch
 
 from finetune.config.schema import Config
 from finetune.data.prepare import PreparedData
-from finetune.evaluate.compare import Score, compare, held_out_loss
+from finetune.errors import TrainingError
+from finetune.evaluate.compare import Score, compare, held_out_loss, try_longest
 from finetune.model.adapter import add_adapter
 from finetune.model.base import LoadedModel, load_base
 from finetune.model.hardware import detect
@@ -81,3 +82,46 @@ def test_nothing_held_out_is_nothing_compared(
 
 def test_a_loss_beyond_all_bounds_has_an_infinite_perplexity() -> None:
     assert Score(1000.0).perplexity == math.inf
+
+
+class MemoryFor:
+    """Stands for a card on which only so many rows fit."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.refused = 0
+
+    def __call__(self, module: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        if kwargs["input_ids"].shape[0] > self.rows:
+            self.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.fault("out of memory", "evaluation", "smaller batches, the same numbers and answers")
+def test_batches_that_do_not_fit_are_halved(setting: tuple[Config, PreparedData, LoadedModel]) -> None:
+    config, data, loaded = setting
+    expected = compare(config, data, loaded)
+    memory = MemoryFor(2)
+    handle = loaded.model.get_base_model().register_forward_pre_hook(memory, with_kwargs=True)
+    try:
+        found = compare(config, data, loaded)
+    finally:
+        handle.remove()
+    assert memory.refused >= 4
+    assert found is not None
+    assert expected is not None
+    assert found.base.loss == pytest.approx(expected.base.loss, rel=1e-5)  # fp32, other sums
+    assert found.samples == expected.samples
+
+
+@pytest.mark.fault("out of memory with a single row", "evaluation", "said before training, with the row")
+def test_a_row_that_does_not_fit_alone_is_named(setting: tuple[Config, PreparedData, LoadedModel]) -> None:
+    _, data, loaded = setting
+    handle = loaded.model.get_base_model().register_forward_pre_hook(MemoryFor(0), with_kwargs=True)
+    try:
+        with pytest.raises(
+            TrainingError, match=r"rows\.jsonl:\d+: out of memory on .*, evaluating a row of \d+ tokens"
+        ):
+            try_longest(data, loaded)
+    finally:
+        handle.remove()

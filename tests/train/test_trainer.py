@@ -246,3 +246,34 @@ def test_room_for_the_checkpoints_is_asked_for_before_the_first_step(
     with pytest.raises(StorageError, match=r"training \(it keeps 2 checkpoints\): .* needed, 97.7 KiB free"):
         start(small(tmp_path, tiny_base), run)
     assert not run.metrics.exists()
+
+
+@pytest.mark.fault("an evaluation set of any size", "evaluation", "memory does not grow with it: no logits are kept")
+def test_evaluation_keeps_no_logits(tmp_path: Path, tiny_base: Path) -> None:
+    """In training and at its end: of all outputs, no more than the last two are alive when the next one is made."""
+    import weakref
+
+    from finetune.evaluate.compare import held_out_loss
+
+    config = small(tmp_path, tiny_base, evaluation={"split": 12, "every": 1, "samples": 0}, train={"max_steps": 1})
+    outputs: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def watch(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+        alive.append(sum(reference() is not None for reference in outputs))
+        outputs.append(weakref.ref(output))
+
+    loaded = load_base(config, Path(config.base), detect())
+    # Training has its own way from hidden states to the loss; the last layer's output is made in all of them.
+    loaded.model.model.norm.register_forward_hook(watch)
+    loaded.model.lm_head.register_forward_hook(watch)
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    data = prepared(config)
+    with logged(run.log):
+        train(config, data, loaded, run, Console(), Stopper(), {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune.evaluate.compare.BATCH_LOGITS", 1)  # a row at a time
+        held_out_loss(loaded.model, data.held_out, data.tokenizer.pad_id, lambda done, total: None)
+    assert len(alive) > 2 * 12
+    assert max(alive) <= 2
