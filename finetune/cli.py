@@ -428,6 +428,10 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         console.say("interrupted")
         sys.exit(INTERRUPTED)
+    except MemoryError:
+        hint = "close other programs, or give this one less to do at a time"
+        console.error(FinetuneError("this machine's memory does not suffice", hint=hint))
+        sys.exit(1)
     except BrokenPipeError:
         # The reader of our output left (`ft runs | head`); there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -25,6 +25,9 @@ _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", 
 PLAIN_INTERVAL_SECONDS = 15.0
 """How often a plain progress line is printed at first when stderr is not a terminal."""
 
+_LONGEST = 4000
+"""Characters of one message: some forty lines."""
+
 LIVE_INTERVAL_SECONDS = 0.1
 """How often the live line is redrawn: the eye sees no more."""
 
@@ -179,8 +182,16 @@ class Progress:
 
 
 def printable(text: str) -> str:
-    """One line, with control characters spelt out: what a file holds must not move the cursor or hide an error."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+    """One line of bearable length, with characters that control a terminal or turn text around spelt out.
+
+    What a file holds must not move the cursor, hide an error or make it read otherwise.
+    """
+    shown = text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069]", _spelt_out, shown)
+
+
+def _spelt_out(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
 
 
 def finite(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from finetune.base_files import check_weights, resolved_revision, small_files, weight_files
 from finetune.config.load import LoadedConfig, load
+from finetune.config.reference import explain
 from finetune.config.schema import Config, is_local_base
 from finetune.console import Console, duration, size
 from finetune.data.prepare import PreparedData, prepare
@@ -59,9 +61,11 @@ def train(
     Raises `Stopped` where a signal asks for it, at the end of a training step at the latest.
     """
     with stoppable() as stopper:
+        for key in allow_changed:
+            explain(key)  # which says so if there is no such key
         loaded = load(path, overrides)
         stay_offline(loaded.config)
-        run = choose_run(loaded, runs, fresh)
+        run = choose_run(loaded, runs, console, fresh=fresh)
         # Everything that can be wrong with the input is found before anything is written and before torch is loaded.
         check_tracking(loaded.config)
         folder = small_files(loaded.config)
@@ -71,12 +75,13 @@ def train(
         with reserved(run):
             if nothing_to_do(run, loaded):
                 return Finished(run, already=True)
-            resuming = resumption(run, loaded, runs, tuple(allow_changed))
+            resuming = resumption(run, loaded, runs, tuple(allow_changed), console)
             data = prepare_shown(loaded.config, folder, runs / CACHE, console, resuming.day)
             resuming = resuming.compared(loaded, data, steps_in_all(loaded.config, data), console)
             base = weight_files(loaded.config)
             base_files = fingerprint(base)
             resuming = resuming.compared_base(loaded, base_files, console)
+            exported = [path.name for path in (run.merged, run.gguf) if path.exists()]
             _begin(loaded, data, base, base_files, resuming)
             console.event("run", path=str(run.path), resuming=resuming.checkpoint is not None)
             try:
@@ -85,13 +90,19 @@ def train(
                         loaded.config, data, run, console, stopper, base, base_files
                     )
             except Stopped:
-                run.update_manifest(state="interrupted", ended=timestamp())
+                with contextlib.suppress(StorageError):  # what was asked for is done, whether or not that is noted
+                    run.update_manifest(state="interrupted", ended=timestamp())
                 raise
             except BaseException as error:
                 with contextlib.suppress(StorageError):  # a full disk must not hide what went wrong first
                     run.update_manifest(state="failed", ended=timestamp(), error=redacted(str(error).split("\n")[0]))
                 raise
             _finish(run, trained, comparison, console)
+            if exported:
+                console.warn(
+                    f"{' and '.join(exported)} in {run.path} may hold the adapter as it was before: remove what "
+                    "`ft export` says is something else, and export again"
+                )
     return Finished(run, already=False)
 
 
@@ -113,21 +124,27 @@ def _begin(
     }
     if "started" in began:
         fields["started"] = began["started"]
-    run.update_manifest(**fields)
+    ended = dict.fromkeys(("ended", "error", "steps", "final_loss", "train_seconds", "peak_memory_bytes"))
+    run.update_manifest(**ended, **fields)
     prepare_tracking(loaded.config, run)
 
 
 def evaluate(run: RunFolder, console: Console) -> Comparison | None:
     """Evaluate a finished run again, from disk."""
     from finetune.evaluate.compare import compare
+    from finetune.export.adapter import read_adapter
     from finetune.model.adapter import load_adapter
     from finetune.model.base import LoadedModel, load_base
     from finetune.model.hardware import detect
 
     check_adapter(run)
+    read_adapter(run.adapter)  # which refuses what PEFT would take, and did not train here
     config = config_of(run)
     folder = small_files(config)
-    data = prepare_shown(config, folder, run.path.parent / CACHE, console, day_of(run.read_manifest()))
+    cache = run.path.parent / CACHE
+    # A run that was moved elsewhere leaves no copy of its data there.
+    kept = cache if cache.is_dir() else None
+    data = prepare_shown(config, folder, kept, console, day_of(run.read_manifest()))
     with logged(run.log), console.progress("evaluating") as progress:
         loaded = load_base(config, weight_files(config), detect())
         loaded = LoadedModel(load_adapter(loaded, run.adapter), loaded.hardware)
@@ -150,7 +167,7 @@ def config_of(run: RunFolder) -> Config:
 
 
 def prepare_shown(
-    config: Config, folder: Path, cache: Path, console: Console, day: datetime.datetime | None = None
+    config: Config, folder: Path, cache: Path | None, console: Console, day: datetime.datetime | None = None
 ) -> PreparedData:
     """Prepare the data, with progress and an account of what was read. `day` is what chat templates are told."""
     with console.progress("tokenising", unit="rows") as progress:
@@ -260,6 +277,8 @@ def _finish(run: RunFolder, trained: Trained, comparison: Comparison | None, con
     if comparison is not None:
         write_json(run.evaluation, comparison.as_dict())
         show_comparison(comparison, console)
+        if math.isfinite(comparison.base.loss) and not math.isfinite(comparison.tuned.loss):
+            console.warn("the tuned model's loss is not a number: its answers are worth nothing")
     run.update_manifest(
         state="finished",
         ended=timestamp(),

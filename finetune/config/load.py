@@ -54,6 +54,9 @@ def load(path: Path, overrides: Sequence[str] = (), *, references: bool = True) 
     Without `references`, what it points at need not exist: a run's own config outlives its data.
     """
     documents = _read_chain(path)
+    if path.stem in (".", ".."):
+        hint = "give the file a name before its ending: its runs are called so"
+        raise ConfigError("a config of this name would put its runs elsewhere", place=str(path), hint=hint)
     problems = [problem for document in documents for problem in document.problems]
     values: dict[str, Any] = {}
     places: dict[Key, Place | str] = {}

@@ -16,6 +16,7 @@ from finetune.console import Console, size
 from finetune.data.template import choose_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.delivery.wishes import Wishes, base_of, clear, onto_of, prove_or_record, standing
+from finetune.errors import StorageError
 from finetune.export.gguf.encode import Quant
 from finetune.proving import Exported
 from finetune.runs.files import discard, partial_of, promote, require_space, storage_errors, write_text
@@ -116,6 +117,10 @@ def write_lora(run: RunFolder, wishes: Wishes, console: Console) -> None:
 
 
 def _file(run: RunFolder, name: str, quant: Quant) -> Exported:
+    """One of the run's GGUF files. Raises StorageError where they would lie elsewhere: runs may be a stranger's."""
+    if run.gguf.is_symlink():
+        hint = "move what it leads to here, or remove it"
+        raise StorageError("is a link, and nothing is written through links", place=str(run.gguf), hint=hint)
     return Exported(f"gguf/{name}", run.gguf / name, quant)
 
 

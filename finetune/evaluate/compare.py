@@ -96,7 +96,24 @@ def compare(
     if not rows:
         return None
     tell = on_progress or (lambda what, done, total: None)
-    model: PeftModel = loaded.model
+    try:
+        return _compare(config, data, rows, loaded.model, tell)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"out of memory on {loaded.hardware.name}, evaluating one row at a time; what was trained is saved",
+            hint="lower evaluation.max_new_tokens and give the same command again: only the evaluation is left to do",
+        ) from error
+
+
+def _compare(
+    config: Config,
+    data: PreparedData,
+    rows: Sequence[TokenRow],
+    model: PeftModel,
+    tell: Callable[[str, int, int], None],
+) -> Comparison:
     chats = [c for c in (row.conversation for row in rows) if c is not None and c.text is None]
     answered = chats if config.evaluation.metric == "exact-match" else chats[: config.evaluation.samples]
     losses: dict[str, tuple[float, int]] = {}

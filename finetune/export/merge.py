@@ -83,7 +83,9 @@ def merge(
         with writer:
             _write_all(writer, model.weights, on_tensor)
         model.require_change()
-        write_text(folder / "config.json", json.dumps(model.config, indent=2) + "\n")
+        # What a stranger put into the base for others to execute is not handed on.
+        config = {name: value for name, value in model.config.items() if name != "auto_map"}
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         # The run's own says which tokens end an answer under the template it was trained with.
         for source in (tokenizer, base):
             if (source / "generation_config.json").is_file():

@@ -118,9 +118,9 @@ class RunFolder:
         return value
 
     def update_manifest(self, **fields: Any) -> None:
-        """Set top-level fields of the manifest; the file is replaced whole."""
+        """Set top-level fields of the manifest, or remove them (None); the file is replaced whole."""
         manifest = self.read_manifest() if self.manifest.exists() else {}
-        write_json(self.manifest, {**manifest, **fields})
+        write_json(self.manifest, {name: value for name, value in {**manifest, **fields}.items() if value is not None})
 
     @property
     def state(self) -> State | None:
@@ -139,10 +139,12 @@ class RunFolder:
         """Hold the folder for this process. The operating system frees the lock however the process ends."""
         path = self.path / ".lock"
         with storage_errors(path):
-            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - lives as long as the lock
+            file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - lives as long as the lock
         with file:
             try:
                 _lock_file(file.fileno())
+                if os.name == "posix" and not _is_at(file.fileno(), path):
+                    raise OSError  # who had the lock has just removed it, with the folder
             except OSError as error:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
@@ -153,6 +155,25 @@ class RunFolder:
             file.write(f"process {os.getpid()}")
             file.flush()
             yield
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a process holds the folder."""
+        if not (self.path / ".lock").is_file():
+            return False
+        try:
+            with self.lock():
+                return False
+        except StorageError:
+            return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether a file that was opened still has its name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
 
 
 def _lock_file(descriptor: int) -> None:

@@ -36,8 +36,6 @@ LIBRARIES = (
 def provenance(loaded: LoadedConfig) -> dict[str, Any]:
     """The manifest of a run that begins now. Needs no heavy import: versions come from the packages' metadata."""
     config = loaded.config
-    paths = [*(source.path for source in config.data), config.evaluation.path]
-    files = [file for path in paths if path is not None and is_local_data(path) for file in source_files(path)]
     return {
         "format": 1,
         "state": "running",
@@ -46,12 +44,19 @@ def provenance(loaded: LoadedConfig) -> dict[str, Any]:
         "command": redacted_command(sys.argv),
         "base": config.base,
         "revision": config.revision,
-        "data": {str(file): sha256(file) for file in files},
+        "data": data_hashes(config),
         "seed": config.train.seed,
         "versions": {"finetune": __version__, "python": platform.python_version(), **_versions()},
         "platform": platform.platform(),
         "started": timestamp(),
     }
+
+
+def data_hashes(config: Config) -> dict[str, str]:
+    """Path → SHA-256 of every local file of data, those to evaluate on included."""
+    paths = [*(source.path for source in config.data), config.evaluation.path]
+    files = [file for path in paths if path is not None and is_local_data(path) for file in source_files(path)]
+    return {str(file): sha256(file) for file in files}
 
 
 def resolved_yaml(loaded: LoadedConfig, *, sources: bool = False) -> str:

@@ -73,7 +73,11 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         if not self._path.exists():
             return
         with storage_errors(self._path):
-            kept = [line for line in self._path.read_text("utf-8").splitlines() if _step_of(line) <= state.global_step]
+            kept = [
+                line
+                for line in self._path.read_text("utf-8", "replace").splitlines()
+                if _step_of(line) <= state.global_step
+            ]
         write_text(self._path, "".join(line + "\n" for line in kept))
 
     def on_log(

@@ -53,8 +53,9 @@ OF_ROWS = (
 LENGTH = ("train.epochs", "train.max_steps")
 BATCH = ("train.micro_batch_size", "train.gradient_accumulation_steps")
 
-FIXED = ("lora.rank", "lora.targets", "train.optimizer")
-"""Keys that decide which tensors a checkpoint has: it cannot be gone on from with others."""
+FIXED = ("lora.rank", "lora.targets", "train.optimizer", *BATCH)
+"""Keys that decide which tensors a checkpoint has, or which rows its steps have seen: it cannot be gone on from with
+others. (The place in the data is the number of steps times the batch.)"""
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     found = [
         Change(key, _value(old, key), _value(new, key))
         for key in keys
-        if key not in (*FREE, *OF_ROWS, *LENGTH, *BATCH) and not key.startswith("data.") and key != "base"
+        if key not in (*FREE, *OF_ROWS, *LENGTH, *BATCH, "base") and not _same_targets(key, old, new)
     ]
     if any(key in keys for key in BATCH) and _batch(old) != _batch(new):
         found += [Change(key, _value(old, key), _value(new, key)) for key in BATCH if key in keys]
-    elif any(key in keys for key in LENGTH) and now["steps"] < before["steps"]:
+    if any(key in keys for key in LENGTH) and now["steps"] < before["steps"]:
         found += [Change(key, _value(old, key), _value(new, key)) for key in LENGTH if key in keys]
     if before["template"] != now["template"]:
         found.append(Change("chat_template", old.get("chat_template"), new.get("chat_template")))
@@ -152,6 +153,13 @@ def require_same(found: Sequence[Change], allowed: Collection[str], place: str, 
         problems.append(Problem(f"{change} (this run is at step {step:,})", place, hint))
     if problems:
         raise RunError(problems)
+
+
+def _same_targets(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether only the order of `lora.targets` has changed, which means nothing."""
+    before, now = _value(old, key), _value(new, key)
+    lists = isinstance(before, list) and isinstance(now, list)
+    return key == "lora.targets" and lists and sorted(before) == sorted(now)
 
 
 def _local(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

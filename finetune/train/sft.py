@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -104,7 +105,8 @@ def train(
                     f"out of memory on {loaded.hardware.name}, with one sequence at a time",
                     hint="lower train.sequence_length, or use a smaller base or quantization: nf4",
                 ) from error
-            # The exception holds the frames, which hold the tensors: nothing is tried again before it is gone.
+        # The exception held the frames, and they the tensors.
+        _give_back_memory()
         console.warn(
             f"out of memory with micro batches of {batch.micro}; going on with {smaller}, which is the same step"
         )
@@ -139,6 +141,13 @@ def _batch(config: Config, run: RunFolder) -> Batch:
     return batch
 
 
+def _give_back_memory() -> None:
+    """What nobody refers to any more is given back now, so that what comes next finds it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class _Attempt:
     """One way through the training; tried again with smaller batches if memory runs out."""
 
@@ -160,7 +169,7 @@ class _Attempt:
         self._passed_over: list[str] = []
 
     def __call__(self, batch: Batch) -> Trained:
-        run, console, model = self._run, self._console, self._loaded.model
+        run, console = self._run, self._console
         clear_leftovers(run.checkpoints)
         checkpoint, faults = newest_whole(run.checkpoints)
         for fault in faults:
@@ -168,6 +177,14 @@ class _Attempt:
                 console.warn(fault)
                 self._passed_over.append(fault)
         trainer = self._trainer(batch)
+        try:
+            return self._train(trainer, checkpoint)
+        finally:
+            # The optimizer's state is not needed any more, and evaluation, or a smaller batch, needs the memory.
+            trainer.let_go()
+
+    def _train(self, trainer: Trainer, checkpoint: Path | None) -> Trained:
+        run, console, model = self._run, self._console, self._loaded.model
         self._reset_adapter()
         self._require_room(trainer)
         began = time.monotonic()
@@ -188,15 +205,14 @@ class _Attempt:
             _save_adapter(model, self._data, run)
         self._stopper.stop_if_asked()
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        # The model was switched to training mode; gradients and optimizer state are no longer needed.
         model.eval()
         loss = float(losses[-1]) if losses and math.isfinite(losses[-1]) else None
-        return Trained(self._loaded, self._steps, time.monotonic() - began, memory_in_use(), loss)
+        return Trained(self._loaded, state.global_step, time.monotonic() - began, memory_in_use(), loss)
 
     def _trainer(self, batch: Batch) -> Trainer:
         config, data = self._config, self._data
         held_out = data.held_out if config.evaluation.every and data.held_out else None
-        tokens_per_step = data.tokens * min(config.train.epochs, 1) / max(1, self._steps / config.train.epochs)
+        tokens_per_step = data.tokens / data.sequences * batch.micro * batch.accumulation
         guard = GuardCallback(
             self._stopper,
             longest(sequence_lengths(data), batch.micro),

@@ -21,6 +21,9 @@ from finetune.runs.files import write_json
 from finetune.train import checkpoints
 from finetune.train.fingerprint import FILE as FINGERPRINT
 
+MAX_SKIPPED = 40
+"""Steps in a row whose gradients may be infinite in float16. The scale begins at 2^16 and is halved for each."""
+
 
 class StoppedEvaluating(Exception):
     """An evaluation in the middle of training is broken off, because the run is to stop."""
@@ -41,6 +44,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self._place, self._record, self._keep = place, record, keep
         self._losses: list[tuple[torch.Tensor, list[list[int]]]] = []
         """Of each micro batch of the step that is being taken: its loss, and the rows in its sequences."""
+        self._skipped = 0
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -59,14 +63,16 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def require_finite(self, step: int) -> None:
         """Raise TrainingError unless this step's losses and gradients are finite; to be called before the optimizer.
 
-        One look at the device for all of it. With float16, loss scaling skips steps with infinite gradients on purpose:
-        then only the losses are looked at.
+        One look at the device for all of it. With float16, loss scaling skips steps with infinite gradients on purpose,
+        to find the scale; only so many in a row mean that there is none.
         """
         losses, self._losses = self._losses, []
         values = torch.stack([loss for loss, _ in losses]) if losses else torch.zeros(1)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None] if not self.args.fp16 else []
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients)) if gradients else values
-        if torch.isfinite(values).all() and torch.isfinite(norms).all():
+        finite_losses, finite_norms = bool(torch.isfinite(values).all()), bool(torch.isfinite(norms).all())
+        self._skipped = 0 if finite_norms else self._skipped + 1
+        if finite_losses and (finite_norms or (self.args.fp16 and self._skipped < MAX_SKIPPED)):
             return
         bad = [rows for loss, rows in losses if not torch.isfinite(loss)]
         what = "the loss" if bad else "the gradient"
@@ -108,6 +114,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 found = {}
         self.model.train()
         return found
+
+    def let_go(self) -> None:
+        """Drop the optimizer and its state; the model stays. Callbacks and trainer refer to each other for ever."""
+        self.model.zero_grad(set_to_none=True)
+        self.optimizer: Any = None
+        self.lr_scheduler: Any = None
+        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
+        self.accelerator.free_memory()
+        self._losses.clear()
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

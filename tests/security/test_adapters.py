@@ -64,7 +64,6 @@ def test_what_an_adapters_settings_can_name(module: World, settings: dict[str, o
     module.ft(*COMMANDS[0])
 
 
-@pytest.mark.xfail(strict=True, reason="`ft eval` hands adapter_config.json to PEFT as it is: exit code 70, or a hang")
 def test_ft_eval_looks_at_an_adapters_settings_before_peft_does(finished: World) -> None:
     finished.merge_json("runs/c/adapter/adapter_config.json", peft_type="evil_module.Evil")
     finished.refused("eval", "runs/c")
@@ -88,7 +87,7 @@ def test_code_and_pickles_beside_an_adapter(finished: World) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["merged", pytest.param("gguf", marks=pytest.mark.xfail(strict=True, reason="files are put where the link leads"))],
+    ["merged", "gguf"],
 )
 def test_nothing_is_written_through_a_link(finished: World, name: str) -> None:
     elsewhere = finished.folder / "elsewhere"

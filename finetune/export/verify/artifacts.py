@@ -7,12 +7,14 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from finetune.data.conversation import Message
+from finetune.data.limits import bounded
 from finetune.errors import BaseError
 from finetune.export.source import open_model
 from finetune.export.verify.metrics import Logits
@@ -110,7 +112,8 @@ class FolderArtifact:
         if not self.tokenizer.chat_template:
             return None
         plain = [message.as_dict() for message in messages]
-        return self.tokenize(self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
+        render = partial(self.tokenizer.apply_chat_template, plain, tokenize=False, add_generation_prompt=True)
+        return self.tokenize(bounded("the chat template", render))
 
     def ends(self, token: int) -> bool:
         return token in self.stop_ids
