@@ -5,7 +5,6 @@ Only what `--help` needs is imported at the top; each command imports its own st
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -432,9 +431,6 @@ def main() -> None:
         hint = "close other programs, or give this one less to do at a time"
         console.error(FinetuneError("this machine's memory does not suffice", hint=hint))
         sys.exit(1)
-    except BrokenPipeError:
-        # The reader of our output left (`ft runs | head`); there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         from finetune.bugs import report
 

@@ -6,6 +6,7 @@ a file or a pipe, JSON events with `--json`. `NO_COLOR` and `TERM=dumb` are hono
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -15,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from finetune.errors import FinetuneError
 from finetune.redaction import redacted
@@ -38,7 +39,8 @@ class Console:
     def __init__(self, *, json_events: bool = False) -> None:
         self.json_events = json_events
         # Held from the start: while libraries run, sys.stdout and sys.stderr lead into the run's log.
-        self._out, self._err = sys.stdout, sys.stderr
+        self._out: TextIO = sys.stdout
+        self._err: TextIO = sys.stderr
         if isinstance(self._out, io.TextIOWrapper):
             # An arrow that the terminal's encoding lacks is no reason to fail; stderr is like this from the start.
             self._out.reconfigure(errors="backslashreplace")
@@ -64,7 +66,7 @@ class Console:
                 self.event("message", text=text)
             return
         self._clear_live()
-        print(text, file=self._err, flush=True)
+        self._tell(text + "\n")
 
     def warn(self, text: str) -> None:
         text = redacted(text)
@@ -72,7 +74,7 @@ class Console:
             self.event("warning", text=text)
             return
         self._clear_live()
-        print(f"{self.style('warning:', 'yellow')} {text}", file=self._err, flush=True)
+        self._tell(f"{self.style('warning:', 'yellow')} {text}\n")
 
     def error(self, error: FinetuneError) -> None:
         """Print every problem of an error as `error:` and `hint:` lines."""
@@ -83,21 +85,29 @@ class Console:
                 place = redacted(problem.place) if problem.place else None
                 self.event("error", message=redacted(problem.message), place=place, hint=hint)
                 continue
-            print(f"{self.style('error:', 'red')} {printable(redacted(str(problem)))}", file=self._err)
+            self._tell(f"{self.style('error:', 'red')} {printable(redacted(str(problem)))}\n")
             if hint:
-                print(f"{self.style('hint:', 'cyan')} {printable(hint)}", file=self._err)
-        self._err.flush()
+                self._tell(f"{self.style('hint:', 'cyan')} {printable(hint)}\n")
 
     def event(self, kind: str, **fields: Any) -> None:
         """A machine-readable event; nothing is printed unless `--json` was given."""
         if self.json_events:
             text = json.dumps(finite({"event": kind, **fields}), ensure_ascii=False, allow_nan=False)
-            print(text, file=self._out, flush=True)
+            try:
+                self._out.write(text + "\n")
+                self._out.flush()
+            except (OSError, ValueError):
+                self._out = _nobody(self._out)
 
     def data(self, text: str) -> None:
-        """What was asked for, on stdout, so that it can be piped."""
+        """What was asked for, on stdout, so that it can be piped. Ends the command where nobody reads it any more."""
         self._clear_live()
-        print(text, file=self._out, flush=True)
+        try:
+            self._out.write(text + "\n")
+            self._out.flush()
+        except BrokenPipeError:
+            self._out = _nobody(self._out)
+            raise SystemExit(0) from None  # `ft runs | head` is no error
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]], *, stdout: bool = False) -> None:
         """A table with aligned columns: text to the left, numbers to the right."""
@@ -115,14 +125,21 @@ class Console:
 
     def _draw_live(self, text: str) -> None:
         width = shutil.get_terminal_size().columns
-        self._err.write("\r\x1b[2K" + text[: width - 1])
-        self._err.flush()
+        self._tell("\r\x1b[2K" + text[: width - 1])
         self._live = True
 
     def _clear_live(self) -> None:
         if self._live:
-            self._err.write("\r\x1b[2K")
             self._live = False
+            self._tell("\r\x1b[2K")
+
+    def _tell(self, text: str) -> None:
+        """Write for the person. One who has closed the terminal, or ended what reads it, is no reason to end a run."""
+        try:
+            self._err.write(text)
+            self._err.flush()
+        except (OSError, ValueError):
+            self._err = _nobody(self._err)
 
 
 class Progress:
@@ -179,6 +196,14 @@ class Progress:
         if not self.total or not self._done:
             return None
         return (time.monotonic() - self._started) / self._done * (self.total - self._done)
+
+
+def _nobody(stream: TextIO) -> TextIO:
+    """A stream in place of one whose reader has left. What is left in that one's buffer goes nowhere, too."""
+    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - lives as long as the process
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(nowhere.fileno(), stream.fileno())
+    return nowhere
 
 
 def printable(text: str) -> str:

@@ -206,6 +206,7 @@ def test_a_reader_that_leaves_early(tmp_path: Path) -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, encoding="utf-8", check=False)
     os.close(write)
     assert done.stderr == ""
+    assert done.returncode == 0
 
 
 # -- runs ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import sys
+import unicodedata
 from typing import Any
 
 import pytest
@@ -14,6 +16,9 @@ from hypothesis import strategies as st
 
 from finetune.console import Console, duration, finite, printable, render_table, size
 from finetune.errors import ConfigError, Problem
+
+TURNING = "\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that are not seen, and change how others are."""
 
 
 class Terminal(io.StringIO):
@@ -55,9 +60,49 @@ def test_what_a_file_holds_cannot_move_the_cursor(capsys: pytest.CaptureFixture[
 
 @given(st.text())
 def test_printable_is_one_line_and_keeps_what_can_be_read(text: str) -> None:
+    def controls(text: str) -> bool:
+        return any(unicodedata.category(character) in ("Cc", "Zl", "Zp") or character in TURNING for character in text)
+
     shown = printable(text)
-    assert not any(ord(character) < 32 or 127 <= ord(character) < 160 for character in shown)
-    assert shown == text or any(ord(character) < 32 or 127 <= ord(character) < 160 for character in text)
+    assert not controls(shown)
+    assert shown == text or controls(text)
+
+
+def test_text_that_turns_around_is_spelt_out_and_a_long_one_is_cut() -> None:
+    assert printable("abc\u202edef") == "abc\\u202edef"
+    assert len(printable("x" * 100_000)) < 5000
+
+
+def test_a_reader_that_has_left_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ft train … 2>&1 | tee log`, and Ctrl-C ends tee: the run still has to be saved."""
+    ends = [os.pipe() for _ in range(2)]
+    streams = [os.fdopen(write, "w") for _, write in ends]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    console, events = Console(), Console(json_events=True)
+    for read, _ in ends:
+        os.close(read)
+    console.say("hello")
+    console.warn("careful")
+    console.error(ConfigError("wrong"))
+    console._draw_live("half way")
+    console.say("again")
+    events.event("metrics", loss=1.0)
+    for stream in (*streams, console._err, events._out):
+        stream.close()
+
+
+def test_data_that_nobody_reads_ends_the_command_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    stream = os.fdopen(write, "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    console = Console()
+    os.close(read)
+    with pytest.raises(SystemExit) as ended:
+        console.data("a,b")
+    assert ended.value.code == 0
+    for each in (stream, console._out):
+        each.close()
 
 
 def test_json_events(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.console import Console
-from finetune.errors import RunError, StorageError
+from finetune.errors import ConfigError, RunError, StorageError
 from finetune.pipeline import Finished, train
 from finetune.runs.folder import RunFolder
 from finetune.stopping import Stopped, Stopper
@@ -155,6 +155,133 @@ def test_a_finished_run_without_checkpoints_does_not_go_on(config: Path) -> None
     assert start(config).already
     with pytest.raises(RunError, match=r"finished with other settings \(train.max_steps\), and no checkpoint is left"):
         start(config, "train.max_steps=6")
+
+
+def test_another_batch_is_refused_because_the_place_in_the_data_is_counted_in_it(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_at(config, 3, monkeypatch)
+    with pytest.raises(RunError) as caught:
+        start(config, "train.micro_batch_size=4", allow=("train.micro_batch_size",))
+    assert problems(caught) == ["train.micro_batch_size was 2 and is 4 now (this run is at step 3)"]
+    assert "--allow-changed" not in str(caught.value.problems[0].hint)
+    start(config, "train.micro_batch_size=1", "train.gradient_accumulation_steps=2")
+
+
+def test_a_change_that_nothing_is_left_to_train_with_is_refused(config: Path) -> None:
+    run = start(config).run
+    before = (run.adapter / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(RunError, match=r"step 4 was the last: nothing is left to train with lora\.alpha"):
+        start(config, "lora.alpha=64.0", allow=("lora.alpha",))
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == before
+    assert json.loads((run.adapter / "adapter_config.json").read_text())["lora_alpha"] == 32
+
+
+def test_a_finished_run_whose_data_was_edited_is_not_taken_for_done(config: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = start(config).run
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("the", "a"))
+    with pytest.raises(RunError, match="data has changed"):
+        start(config)
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(RunError, match="finished with other data"):
+        start(config)
+
+
+@pytest.mark.fault("a trained adapter that is lost or damaged", "start", "made again from the last checkpoint")
+@pytest.mark.parametrize("harm", ["removed", "truncated"])
+def test_a_finished_run_without_its_adapter_gets_it_back(config: Path, harm: str) -> None:
+    import shutil
+
+    run = start(config).run
+    weights = run.adapter / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    if harm == "removed":
+        shutil.rmtree(run.adapter)
+    else:
+        weights.write_bytes(before[:-100])
+    assert not start(config).already
+    assert weights.read_bytes() == before
+
+
+def test_without_a_whole_checkpoint_training_begins_again_and_says_so(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = stopped_at(config, 3, monkeypatch)
+    for checkpoint in run.checkpoints.iterdir():
+        (checkpoint / "optimizer.pt").unlink()
+    capsys.readouterr()
+    start(config)
+    said = capsys.readouterr().err
+    assert said.count("is passed over: optimizer.pt is missing") >= 2
+    assert f"no checkpoint of {run.path} is whole: training begins again at step 0" in said
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken = train(config, [], config.parent / "unbroken", Console()).run
+    run = stopped_at(config, 3, monkeypatch)
+    weights = run.checkpoints / "checkpoint-3" / "optimizer.pt"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    start(config)
+    name = "adapter_model.safetensors"
+    assert (run.adapter / name).read_bytes() == (unbroken.adapter / name).read_bytes()
+
+
+def test_fresh_needs_nothing_of_the_run_before(config: Path) -> None:
+    runs = config.parent / "runs"
+    run = RunFolder(runs / "c")
+    run.create()
+    run.manifest.write_text("{")
+    assert start(config, fresh=True).run == RunFolder(runs / "c-2")
+    third = RunFolder(runs / "c-3")
+    third.create()  # somebody is still tokenising
+    with third.lock():
+        assert start(config, fresh=True).run == RunFolder(runs / "c-4")
+
+
+def test_a_key_to_allow_that_does_not_exist_is_refused(config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no key 'lora\.alhpa'"):
+        start(config, allow=("lora.alhpa",))
+
+
+def test_metrics_that_were_damaged_do_not_keep_a_run_from_going_on(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped_at(config, 3, monkeypatch)
+    with open(run.metrics, "ab") as file:
+        file.write(b"\xff\xfe\n")
+    start(config)
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_lengthened_run_says_that_its_exports_are_of_the_adapter_before(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = start(config).run
+    run.gguf.mkdir()
+    capsys.readouterr()
+    start(config, "train.max_steps=6")
+    said = capsys.readouterr().err
+    assert "lengthened from 4 to 6 steps" in said
+    assert f"warning: gguf in {run.path} may hold the adapter as it was before" in said
+
+
+def test_what_a_failed_attempt_left_in_the_manifest_goes_when_the_run_goes_on(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped_at(config, 3, monkeypatch)
+    run.update_manifest(state="failed", error="it broke")
+    start(config)
+    assert "error" not in manifest(run)
+    assert manifest(run)["state"] == "finished"
+    assert manifest(run)["steps"] == 4
 
 
 def test_what_is_refused_leaves_no_folder(config: Path) -> None:

@@ -123,5 +123,7 @@ def test_a_row_that_does_not_fit_alone_is_named(setting: tuple[Config, PreparedD
             TrainingError, match=r"rows\.jsonl:\d+: out of memory on .*, evaluating a row of \d+ tokens"
         ):
             try_longest(data, loaded)
+        with pytest.raises(TrainingError, match="what was trained is saved"):
+            compare(setting[0], data, loaded)
     finally:
         handle.remove()

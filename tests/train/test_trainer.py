@@ -277,3 +277,37 @@ def test_evaluation_keeps_no_logits(tmp_path: Path, tiny_base: Path) -> None:
         held_out_loss(loaded.model, data.held_out, data.tokenizer.pad_id, lambda done, total: None)
     assert len(alive) > 2 * 12
     assert max(alive) <= 2
+
+
+def test_after_training_the_optimizer_has_let_go_of_its_memory(tmp_path: Path, tiny_base: Path) -> None:
+    import gc
+
+    start(small(tmp_path, tiny_base), RunFolder(tmp_path / "run"))
+    gc.collect()
+    holding = [one for one in gc.get_objects() if isinstance(one, torch.optim.Optimizer) and one.state]
+    assert holding == []
+
+
+def test_in_float16_skipped_steps_are_allowed_but_not_for_ever() -> None:
+    """Loss scaling skips steps until it has found a scale; a model that has none must not "finish" untrained."""
+    from types import SimpleNamespace
+
+    from finetune.train.trainer import MAX_SKIPPED, Trainer
+
+    trainer = Trainer.__new__(Trainer)
+    layer = torch.nn.Linear(2, 2)
+    trainer.model, trainer.args, trainer._place = layer, SimpleNamespace(fp16=True), str
+    trainer._skipped = 0
+
+    def step(number: int, value: float) -> None:
+        layer.weight.grad = torch.full((2, 2), value)
+        trainer._losses = [(torch.tensor(1.0), [[number]])]
+        trainer.require_finite(number)
+
+    for number in range(MAX_SKIPPED - 1):
+        step(number, float("inf"))
+    step(100, 1.0)
+    for number in range(MAX_SKIPPED - 1):
+        step(number, float("inf"))
+    with pytest.raises(TrainingError, match=r"the gradient is no longer a finite number at step 7 \(rows: 7\)"):
+        step(7, float("inf"))
