@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,9 @@ def show_runs(runs: Path, console: Console) -> None:
                 continue
             # What a manifest may call `name` or `event` is not what this line says of the run.
             ours = ("event", "kind", "name", "path")
-            fields = {key: value for key, value in manifest.items() if key not in ours}
+            fields = {key: value for key, value in manifest.items() if key not in ours} | {
+                "state": _state(run, manifest)
+            }
             console.event("run", name=run.name, path=str(run.path), **fields)
         return
     if not found:
@@ -100,8 +102,20 @@ def describe_run(run: RunFolder) -> list[str]:
     scores = _scores(run)
     artifacts = [name for name in ("adapter", "merged", "gguf") if (run.path / name).is_dir()]
     base = printable(str(manifest.get("base", ""))).rstrip("/").rpartition("/")[2]
-    state = printable(str(manifest.get("state", "?")))
-    return [run.name, state, base, scores.get("base", "–"), scores.get("tuned", "–"), " ".join(artifacts)]
+    return [
+        run.name,
+        printable(_state(run, manifest)),
+        base,
+        scores.get("base", "–"),
+        scores.get("tuned", "–"),
+        " ".join(artifacts),
+    ]
+
+
+def _state(run: RunFolder, manifest: Mapping[str, Any]) -> str:
+    """What the manifest says; but whoever kills a process gives it no time to write that down."""
+    state = str(manifest.get("state", "?"))
+    return "killed" if state == "running" and not run.in_use else state
 
 
 def _scores(run: RunFolder) -> dict[str, str]:

@@ -273,3 +273,14 @@ def test_a_command_without_its_arguments_shows_what_there_is(run_ft: RunFt, argu
     assert result.stdout.startswith("Usage: ft")
     assert "\nCommands:\n" in result.stdout
     assert result.stderr == ""
+
+
+def test_a_run_whose_process_was_killed_is_not_said_to_be_running(run_ft: RunFt, tmp_path: Path) -> None:
+    from finetune.runs.folder import RunFolder
+
+    run = RunFolder(tmp_path / "runs" / "legal")
+    run.create()
+    run.update_manifest(format=1, state="running", base="a/llama")
+    assert "killed" in run_ft("runs", cwd=tmp_path).stdout
+    with run.lock():
+        assert "running" in run_ft("runs", cwd=tmp_path).stdout

@@ -9,6 +9,7 @@ pickle.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import mmap
 import os
@@ -206,6 +207,20 @@ class Store:
             load(text) if text is not None else None,
         )
 
+    def digest(self, rows: Indices) -> str:
+        """SHA-256 over some rows, in this order: their tokens, which of them carry loss, and where each row ends.
+
+        Neighbours are taken together: a million rows, of which a twentieth is left out here and there, take a second.
+        """
+        ids, supervised, lengths = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+        for stretch in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+            if len(stretch):
+                tokens = slice(self.begins[stretch[0]], self.begins[stretch[-1] + 1])
+                ids.update(self._ids[tokens].data)
+                supervised.update(self._supervised[tokens].data)
+                lengths.update(self.lengths[stretch].tobytes())
+        return hashlib.sha256(ids.digest() + supervised.digest() + lengths.digest()).hexdigest()
+
     def place(self, index: int) -> str:
         begin, end = self._place_begins[index], self._place_begins[index + 1] - 1
         return self._places[begin:end].tobytes().decode()
@@ -263,6 +278,10 @@ class Packs(Sequence[npt.NDArray[np.int64]]):
             raise IndexError(index)
         index %= len(self)
         return self._packed[self._begins[index] : self._begins[index + 1]]
+
+    def digest(self) -> str:
+        """SHA-256 over which rows share a sequence."""
+        return hashlib.sha256(self._packed.tobytes() + self._begins.tobytes()).hexdigest()
 
     def lengths(self, rows: Indices) -> Indices:
         """Tokens of each pack, from the tokens of each training row."""

@@ -79,23 +79,10 @@ def fingerprint(config: Config, data: PreparedData, base_files: Mapping[str, str
         "format": 1,
         "config": as_plain(config),
         "steps": steps,
-        "rows": rows_digest(data),
+        "rows": data.store.digest(data.store.train) + (data.packs.digest() if data.packs is not None else ""),
         "template": None if template is None else hashlib.sha256(template.source.encode()).hexdigest(),
         "base": dict(base_files),
     }
-
-
-def rows_digest(data: PreparedData) -> str:
-    """SHA-256 over the training rows as they are trained on: token ids, which carry loss, their order, their packs."""
-    digest = hashlib.sha256()
-    for row in data.train:
-        digest.update(len(row.ids).to_bytes(8, "little"))
-        digest.update(row.ids.tobytes())
-        digest.update(row.supervised.tobytes())
-    for pack in data.packs if data.packs is not None else ():
-        digest.update(len(pack).to_bytes(8, "little"))
-        digest.update(pack.tobytes())
-    return digest.hexdigest()
 
 
 def read(checkpoint: Path) -> dict[str, Any]:
