@@ -25,8 +25,9 @@ lint: $(VENV)/.ready-dev
 types: $(VENV)/.ready-dev
 	$(BIN)/mypy
 
+# Two processes with a thread each: threads that wait for one another would take longer than one alone.
 unit: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Kills training, merging and exporting at every one of their writes: 20 minutes.
 test-faults: $(VENV)/.ready-dev

@@ -88,7 +88,8 @@ def _require_run(run: RunFolder, *, everything: bool) -> None:
 
 
 def _clean(run: RunFolder, *, everything: bool) -> Removed:
-    paths = [run.checkpoints, *_leftovers(run), *(run.path / name for name in _WITH_TEXT), *_prepared(run)]
+    within = run.path / CACHE  # where earlier versions put it when the run was given as `.`
+    paths = [run.checkpoints, *_leftovers(run), *(run.path / name for name in _WITH_TEXT), *_prepared(run), within]
     if everything:
         paths += [run.path / name for name in _WHOLE_RUN]
     what: list[str] = []

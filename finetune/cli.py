@@ -319,7 +319,7 @@ def export(
     from finetune.runs.folder import finished_run
 
     wishes = Wishes(base, verify, system, ollama_template, ollama_base)
-    run_export(finished_run(run), to, quant or ["q8_0"], wishes, console)
+    run_export(finished_run(run), to, quant or [], wishes, console)
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from finetune.errors import FinetuneError
 from finetune.pipeline import CACHE
 from finetune.runs.files import write_json
 from finetune.runs.folder import RunFolder
-from finetune.runs.manifest import day_of, sha256, timestamp
+from finetune.runs.manifest import day_of, timestamp
+from finetune.runs.verification import hashes, recorded
 
 if TYPE_CHECKING:
     from finetune.data.store import TokenRow
@@ -63,7 +63,7 @@ def prove(
             f"compared on {reference.sequences} texts and {reference.rows_are} rows, {reference.positions:,} tokens"
             + (f", and at the end of {reference.long:,}" if reference.long else "")
         )
-    known = _known(run.verification)
+    known = recorded(run)
     problems = {}
     for one, measured in zip(exported, found, strict=True):
         verdict = judge(reference, measured)
@@ -80,27 +80,30 @@ def prove(
     return problems
 
 
-State = Literal["absent", "unknown", "other", "not proven", "proven"]
+State = Literal["absent", "unknown", "other", "refuted", "not proven", "proven"]
 
 
 def state_of(run: RunFolder, one: Exported, onto: Onto) -> State:
     """What verification.json knows about what carries this name.
 
     "unknown": it does not speak of these bytes. "other": they were made of another adapter, or onto other weights.
+    "refuted": a proof found that they do not say what was trained. "not proven": nobody asked for a proof.
     """
     if not os.path.lexists(one.path):
         return "absent"
-    entry, made = _known(run.verification).get(one.name), _made(run, one.path, onto)
+    entry, made = recorded(run).get(one.name), _made(run, one.path, onto)
     if not isinstance(entry, dict) or entry.get("sha256") != made["sha256"] or "adapter" not in entry:
         return "unknown"
     if any(entry.get(key) != value for key, value in made.items()):
         return "other"
-    return "proven" if entry.get("proven") is True else "not proven"
+    if entry.get("proven") is True:
+        return "proven"
+    return "refuted" if entry.get("problems") else "not proven"
 
 
 def record_unproven(run: RunFolder, exported: Sequence[Exported], onto: Onto) -> None:
     """Note in verification.json what is about to get its name without a proof, so that it is known again."""
-    known = _known(run.verification)
+    known = recorded(run)
     for one in exported:
         known[one.name] = {"proven": False, "problems": [], **_made(run, one.path, onto)}
     write_json(run.verification, known)
@@ -108,7 +111,7 @@ def record_unproven(run: RunFolder, exported: Sequence[Exported], onto: Onto) ->
 
 def _made(run: RunFolder, path: Path, onto: Onto) -> dict[str, Any]:
     """Which bytes they are, and what of."""
-    return {"sha256": _hashes(path), "adapter": _hashes(run.adapter), "merged_onto": onto}
+    return {"sha256": hashes(path), "adapter": hashes(run.adapter), "merged_onto": onto}
 
 
 def _subject(run: RunFolder, config: Config, base: Path, onto: Onto, console: Console) -> Subject:
@@ -171,18 +174,3 @@ def _changed_files(adapter: Path, folder: Path) -> list[str]:
 
 def _same(first: Path, second: Path) -> bool:
     return second.is_file() and first.read_bytes() == second.read_bytes()
-
-
-def _hashes(path: Path) -> str | dict[str, str]:
-    if path.is_file():
-        return sha256(path)
-    return {file.name: sha256(file) for file in sorted(path.iterdir()) if file.is_file()}
-
-
-def _known(path: Path) -> dict[str, Any]:
-    """What was proven before about other artifacts. A file that cannot be read is written anew."""
-    try:
-        known = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return known if isinstance(known, dict) else {}

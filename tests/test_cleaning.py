@@ -198,6 +198,14 @@ def test_from_inside_the_folder_and_by_a_link_to_it(tmp_path: Path, monkeypatch:
     assert not moved.exists()
 
 
+def test_prepared_data_that_lies_within_the_run(tmp_path: Path) -> None:
+    """Earlier versions put it there when they were given `.` for the run."""
+    run = make_run(tmp_path / "a")
+    prepared(run.path, "1")
+    clean(run, Console(), everything=False)
+    assert not (run.path / ".data").exists()
+
+
 def test_the_command(tmp_path: Path, run_ft: RunFt) -> None:
     run = make_run(tmp_path / "runs" / "a")
     result = run_ft("clean", "a", "--json", cwd=tmp_path)

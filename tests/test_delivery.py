@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from finetune import delivery
 from finetune.console import Console
 from finetune.delivery import Wishes, wishes
-from finetune.errors import ExportError, StorageError
+from finetune.errors import ConfigError, ExportError, StorageError
 from finetune.export.gguf.convert import GgufPlan, GgufReport, write
 from finetune.runs.files import partial_of
 from finetune.runs.folder import RunFolder
@@ -63,7 +64,9 @@ def test_several_files_straight_from_the_adapter_each_proven(folder: Path, run_f
     assert 'SYSTEM "Be brief."' in (run / "gguf" / "Modelfile").read_text("utf-8")
 
 
-def test_the_same_command_again_goes_on_where_it_was_killed(folder: Path, run_ft: RunFt) -> None:
+def test_the_same_command_again_goes_on_where_it_was_killed(
+    folder: Path, run_ft: RunFt, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Between the names of two files: one is there, proven; the other was still a `.partial`."""
     run = RunFolder(folder / "runs" / "tiny")
     command = ("export", "tiny", "--quant", "q8_0,f16", "--system", "Be brief.")
@@ -80,6 +83,10 @@ def test_the_same_command_again_goes_on_where_it_was_killed(folder: Path, run_ft
     assert kept.stat().st_mtime_ns == changed
     assert "from before, proven" in again.stderr
     assert again.stderr.count("tiny-q8_0.gguf") == 1, "proven twice"
+    # What was proven is that, whether or not it is asked for now.
+    monkeypatch.chdir(folder)
+    delivery.export(run, "gguf", ["f16", "q8_0"], Wishes(verify=False), Console())
+    assert capsys.readouterr().err.count("from before, proven)") == 2
 
 
 def test_what_was_made_otherwise_is_not_taken_for_the_same(
@@ -197,7 +204,9 @@ def test_the_adapter_alone_is_proven_on_its_base(folder: Path, run_ft: RunFt) ->
     assert json.loads((run / "verification.json").read_text("utf-8"))["gguf/tiny-lora.gguf"]["proven"] is True
 
 
-def test_what_is_not_proven_is_said_so_and_can_be_proven_later(folder: Path, run_ft: RunFt) -> None:
+def test_what_is_not_proven_is_said_so_and_can_be_proven_later(
+    folder: Path, run_ft: RunFt, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = RunFolder(folder / "runs" / "tiny")
     assert run_ft("merge", "tiny", cwd=folder).code == 0
     assert json.loads(run.verification.read_text("utf-8"))["merged"]["proven"] is True
@@ -209,6 +218,9 @@ def test_what_is_not_proven_is_said_so_and_can_be_proven_later(folder: Path, run
     again = run_ft("export", "tiny", "--to", "hf", cwd=folder)
     assert again.code == 0
     assert "nats apart" not in again.stderr, "proven twice"
+    monkeypatch.chdir(folder)
+    delivery.merge(run, Wishes(verify=False), Console())
+    assert capsys.readouterr().err == f"merged: {run.merged} (from before; proven)\n"
 
 
 @pytest.mark.parametrize(
@@ -220,7 +232,7 @@ def test_what_is_not_proven_is_said_so_and_can_be_proven_later(folder: Path, run
     ],
 )
 def test_a_merged_folder_that_somebody_changed_is_found(
-    folder: Path, run_ft: RunFt, file: str, content: bytes | None, words: str
+    folder: Path, run_ft: RunFt, monkeypatch: pytest.MonkeyPatch, file: str, content: bytes | None, words: str
 ) -> None:
     assert run_ft("merge", "tiny", "--no-verify", cwd=folder).code == 0
     path = folder / "runs" / "tiny" / "merged" / file
@@ -228,6 +240,25 @@ def test_a_merged_folder_that_somebody_changed_is_found(
     result = run_ft("export", "tiny", "--to", "hf", cwd=folder)
     assert result.code == 1
     assert words in result.stderr
+    assert "hint: remove it, and run the same command again" in result.stderr
+    # It stays found, also by whoever asks for no proof.
+    monkeypatch.chdir(folder)
+    for verify in (False, True) if "not the one" in words else (False,):
+        with pytest.raises(ExportError, match="merged: this exists already, and ") as refused:
+            delivery.merge(RunFolder(Path("runs/tiny")), Wishes(verify=verify), Console())
+        assert "remove it, and run the same command again" in str(refused.value.problems[0].hint)
+
+
+def test_a_file_that_llama_cpp_cannot_load_is_no_dead_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    run = RunFolder(Path("runs/tiny"))
+    delivery.export(run, "gguf", ["f16"], Wishes(verify=False), Console())
+    file = run.gguf / "tiny-f16.gguf"
+    os.truncate(file, file.stat().st_size - 1000)
+    with pytest.raises(ExportError, match=r"llama\.cpp cannot load this file") as refused:
+        delivery.export(run, "gguf", ["f16"], Wishes(), Console())
+    (problem,) = refused.value.problems
+    assert (problem.place, problem.hint) == (str(file), "remove it, and run the same command again")
 
 
 def test_two_exports_of_one_run_do_not_meet(folder: Path, run_ft: RunFt) -> None:
@@ -258,6 +289,43 @@ def test_wishes_that_do_not_exist(folder: Path, run_ft: RunFt, arguments: list[s
     result = run_ft("export", "tiny", *arguments, cwd=folder)
     assert result.code == 2
     assert words in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("to", "quants", "wishes", "expected"),
+    [
+        ("hf", ["q4_k_m"], Wishes(), {"--quant": "the model is written in its base's precision"}),
+        ("gguf-lora", ["q4_k_m"], Wishes(), {"--quant": "the adapter is written in float32"}),
+        ("gguf", ["q8_0"], Wishes(ollama_base="llama3"), {"--ollama-base": "the file is a whole model"}),
+        (
+            "hf",
+            [],
+            Wishes(system="Be brief.", ollama_template=True, ollama_base="llama3"),
+            dict.fromkeys(("--system", "--ollama-template", "--ollama-base"), "no Modelfile is written"),
+        ),
+        (
+            "gguf-lora",
+            [],
+            Wishes(onto="nf4", system="Be brief."),
+            {"--base": "the adapter is put onto nothing", "--system": "no Modelfile is written without --ollama-base"},
+        ),
+        (
+            "gguf-lora",
+            [],
+            Wishes(ollama_template=True, ollama_base="llama3"),
+            {"--ollama-template": "Ollama takes the base's template"},
+        ),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    tmp_path: Path, to: str, quants: list[str], wishes: Wishes, expected: dict[str, str]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        delivery.export(RunFolder(tmp_path), to, quants, wishes, Console())
+    assert [(one.place, one.message) for one in refused.value.problems] == [
+        (option, f"means nothing with --to {to}: {why}") for option, why in expected.items()
+    ]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_base_than_the_one_that_was_trained_on(folder: Path, run_ft: RunFt) -> None:

@@ -39,6 +39,7 @@ from finetune.data.template import ChatTemplate, choose_template, training_versi
 from finetune.data.tokenizer import Tokenizer, load_tokenizer
 from finetune.errors import BaseError, DataError
 from finetune.runs import manifest
+from finetune.runs.files import temporary_storage
 
 DETECT_ROWS = 100
 """How many rows decide the format, and which form of a chat template. The rest must fit them, or are errors."""
@@ -116,7 +117,8 @@ def prepare(
     """
     # Data that was prepared in the morning is found again in the evening: no template is told the time.
     today = datetime.datetime.combine(today or manifest.today(), datetime.time())
-    temporary = Path(tempfile.mkdtemp(prefix="ft-data-")) if cache is None else None
+    with temporary_storage():
+        temporary = Path(tempfile.mkdtemp(prefix="ft-data-")) if cache is None else None
     kept = Cache(temporary or cache or Path())
     try:
         return _prepare(config, base_folder, kept, today, on_progress or (lambda done: None), temporary)

@@ -13,7 +13,7 @@ from finetune.console import Console
 from finetune.delivery.gguf import write_gguf, write_lora
 from finetune.delivery.merged import adapter_in_vllm, write_merged
 from finetune.delivery.wishes import Wishes
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, Problem
 from finetune.export.gguf.encode import Quant
 from finetune.runs.folder import RunFolder
 from finetune.stopping import stoppable
@@ -21,6 +21,7 @@ from finetune.stopping import stoppable
 __all__ = ["Wishes", "export", "merge"]
 
 FORMATS = ("gguf", "hf", "gguf-lora")
+DEFAULT_QUANT: Quant = "q8_0"
 QUANTS: dict[str, Quant] = {quant: quant for quant in get_args(Quant)}
 
 
@@ -34,7 +35,8 @@ def export(run: RunFolder, to: str, quants: Sequence[str], wishes: Wishes, conso
     """`ft export`: a folder for transformers, GGUF files with their Modelfile, or the adapter alone as GGUF."""
     if to not in FORMATS:
         raise ConfigError(f"--to is one of {', '.join(FORMATS)}, not {to!r}", hint=f"`ft export {run.path} --to gguf`")
-    chosen = _chosen(quants)
+    chosen = _chosen(quants or [DEFAULT_QUANT])
+    _refuse_ignored(to, quants, wishes)
     with stoppable(), run.lock():
         if to == "hf":
             write_merged(run, wishes, console)
@@ -44,6 +46,34 @@ def export(run: RunFolder, to: str, quants: Sequence[str], wishes: Wishes, conso
             write_lora(run, wishes, console)
         else:
             write_gguf(run, chosen, wishes, console)
+
+
+def _refuse_ignored(to: str, quants: Sequence[str], wishes: Wishes) -> None:
+    """Raise ConfigError for what was asked for and has no effect on this format: whoever asked expects one."""
+    no_modelfile = {
+        "gguf": None,
+        "gguf-lora": None if wishes.ollama_base else "no Modelfile is written without --ollama-base",
+        "hf": "no Modelfile is written",
+    }[to]
+    precision = {"hf": "the model is written in its base's precision", "gguf-lora": "the adapter is written in float32"}
+    ignored = {
+        "--quant": precision.get(to) if quants else None,
+        "--base": "the adapter is put onto nothing" if to == "gguf-lora" and wishes.onto != "stored" else None,
+        "--system": no_modelfile if wishes.system is not None else None,
+        "--ollama-template": no_modelfile if wishes.ollama_template else None,
+        "--ollama-base": no_modelfile if wishes.ollama_base else None,
+    }
+    if wishes.ollama_template and to == "gguf-lora" and not no_modelfile:
+        ignored["--ollama-template"] = "Ollama takes the base's template"
+    if wishes.ollama_base and to == "gguf":
+        ignored["--ollama-base"] = "the file is a whole model"
+    problems = [
+        Problem(f"means nothing with --to {to}: {why}", option, "leave it out")
+        for option, why in ignored.items()
+        if why is not None
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _chosen(quants: Sequence[str]) -> list[Quant]:

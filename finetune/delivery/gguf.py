@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from finetune.console import Console, size
 from finetune.data.template import choose_template
 from finetune.data.tokenizer import load_tokenizer
-from finetune.delivery.wishes import Wishes, base_of, clear, onto_of, prove_or_record, standing
+from finetune.delivery.wishes import Standing, Wishes, base_of, clear, onto_of, prove_or_record, standing
 from finetune.errors import StorageError
 from finetune.export.gguf.encode import Quant
 from finetune.proving import Exported
@@ -58,7 +58,7 @@ def write_gguf(run: RunFolder, quants: Sequence[Quant], wishes: Wishes, console:
         write_text(run.gguf / "Modelfile", modelfile)
     for note in _notes(plans):
         console.say(f"note: {note}")
-    _say_written(wanted, found.missing, wishes, console)
+    _say_written(wanted, found, wishes, console)
     console.say(f"next: `ollama create {run.name} -f {run.gguf / 'Modelfile'}`, or `ft chat {run.path}`")
     if line := _for_lm_studio(run, wanted[0].path):
         console.say(line)
@@ -106,7 +106,7 @@ def write_lora(run: RunFolder, wishes: Wishes, console: Console) -> None:
             promote(partial_of(one.path), one.path)
         if wishes.ollama_base:
             write_text(run.gguf / "Modelfile.lora", modelfile)
-    _say_written([wanted], found.missing, wishes, console)
+    _say_written([wanted], found, wishes, console)
     if wishes.ollama_base:
         console.say(f"next: `ollama create {run.name} -f {run.gguf / 'Modelfile.lora'}`")
     else:
@@ -151,11 +151,10 @@ def _notes(plans: Mapping[str, GgufPlan]) -> list[str]:
     return list(dict.fromkeys(note for some in notes for note in some))
 
 
-def _say_written(wanted: Sequence[Exported], made: Sequence[Exported], wishes: Wishes, console: Console) -> None:
+def _say_written(wanted: Sequence[Exported], found: Standing, wishes: Wishes, console: Console) -> None:
     for one in wanted:
-        before = "" if one in made else "from before, "
-        proven = "proven" if wishes.verify else "not proven"
-        console.say(f"wrote {one.path} ({size(one.path.stat().st_size)}, {before}{proven})")
+        before = "" if one in found.missing else "from before, "
+        console.say(f"wrote {one.path} ({size(one.path.stat().st_size)}, {before}{found.words(one, wishes)})")
 
 
 def _for_lm_studio(run: RunFolder, file: Path) -> str | None:

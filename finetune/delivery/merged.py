@@ -16,8 +16,9 @@ def write_merged(run: RunFolder, wishes: Wishes, console: Console) -> None:
 
     config, base = base_of(run)
     onto = onto_of(wishes, config)
-    found = standing(run, [Exported("merged", run.merged, "")], onto, verify=wishes.verify)
-    proven = "proven" if wishes.verify else "not proven"
+    wanted = Exported("merged", run.merged, "")
+    found = standing(run, [wanted], onto, verify=wishes.verify)
+    proven = found.words(wanted, wishes)
     if not found.missing:
         with logged(run.log):
             prove_or_record(run, config, base, found.unproven, onto, wishes, console)

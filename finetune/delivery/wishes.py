@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.base_files import weight_files
 from finetune.config.schema import Config, is_local_base
 from finetune.console import Console
-from finetune.errors import ConfigError, ExportError, Problem
+from finetune.errors import BaseError, ConfigError, ExportError, Problem, StorageError
 from finetune.pipeline import config_of
 from finetune.proving import Exported, Onto, prove, record_unproven, state_of
 from finetune.runs.files import discard, partial_of
@@ -53,6 +53,10 @@ def base_of(run: RunFolder) -> tuple[Config, Path]:
     return config, base
 
 
+_AGAIN = "remove it, and run the same command again"
+"""What is there from before is not overwritten: a person may have put it there."""
+
+
 @dataclass(frozen=True)
 class Standing:
     """Which of the wanted files and folders are there."""
@@ -61,26 +65,31 @@ class Standing:
     """To be made. Their paths are those that they will have."""
     unproven: tuple[Exported, ...]
     """There, and still to be proven."""
+    proven: tuple[Exported, ...]
+    """There, and proven when they were made."""
+
+    def words(self, one: Exported, wishes: Wishes) -> str:
+        """Whether what has its name now is proven, for the person to read."""
+        return "proven" if wishes.verify or one in self.proven else "not proven"
 
 
 def standing(run: RunFolder, wanted: Sequence[Exported], onto: Onto, *, verify: bool) -> Standing:
-    """Sort what is wanted by what is there. Raises ExportError for what is there and is something else."""
+    """Sort what is wanted by what is there. Raises ExportError for what is there and is something else, or wrong."""
     states = {one.name: state_of(run, one, onto) for one in wanted}
+    refused = {"other": "is not what would be made now", "refuted": "was found not to be what was trained"}
+    if not verify:  # a proof tells what nobody has a record of
+        refused["unknown"] = refused["other"]
     problems = [
-        Problem(
-            "this exists already, and is not what would be made now",
-            str(one.path),
-            "remove it, and run the same command again",
-        )
+        Problem(f"this exists already, and {refused[states[one.name]]}", str(one.path), _AGAIN)
         for one in wanted
-        # A proof tells what nobody has a record of.
-        if states[one.name] == "other" or (states[one.name] == "unknown" and not verify)
+        if states[one.name] in refused
     ]
     if problems:
         raise ExportError(problems)
     return Standing(
         tuple(one for one in wanted if states[one.name] == "absent"),
         tuple(one for one in wanted if verify and states[one.name] in ("unknown", "not proven")),
+        tuple(one for one in wanted if states[one.name] == "proven"),
     )
 
 
@@ -106,12 +115,27 @@ def prove_or_record(
     if not wishes.verify:
         record_unproven(run, exported, onto)
         return
-    found = prove(run, config, base, exported, onto, console)
-    paths = {one.name: str(one.path) for one in exported}
+    from_before = {one.name: one.path for one in exported if one.path == run.path / one.name}
+    try:
+        found = prove(run, config, base, exported, onto, console)
+    except (BaseError, ExportError, StorageError) as error:
+        problems = [_with_way_out(problem, from_before.values()) for problem in error.problems]
+        if problems == list(error.problems):
+            raise
+        raise ExportError(problems) from error
+    paths, numbers = {one.name: str(one.path) for one in exported}, f"{run.verification} has the numbers"
     problems = [
-        Problem(message, paths[name], f"{run.verification} has the numbers")
+        Problem(message, paths[name], f"{_AGAIN}; {numbers}" if name in from_before else numbers)
         for name in found
         for message in found[name]
     ]
     if problems:
         raise ExportError(problems)
+
+
+def _with_way_out(problem: Problem, from_before: Iterable[Path]) -> Problem:
+    """What cannot even be loaded is damaged: making it anew is the way out, if it is not what was just made."""
+    place = Path(problem.place or "")
+    if any(place.is_relative_to(path) for path in from_before):
+        return replace(problem, hint=_AGAIN)
+    return problem

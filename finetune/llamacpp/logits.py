@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ExportError, MissingExtraError
 from finetune.llamacpp import child
+from finetune.runs.files import temporary_storage
 
 if TYPE_CHECKING:
     import numpy
@@ -52,15 +53,15 @@ class Scorer:
         child.require_runtime(path, *(adapter for adapter, _ in lora))
         self.path = path
         self._turn = 0
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
-        self._child = child.start("scoring", "main", self._said, pipe_bytes=_PIPE_BYTES)
         adapters = [(str(adapter), scale) for adapter, scale in lora]
         order = {"path": str(path), "lora": adapters, "context": context, "exact": exact, "threads": threads}
-        try:
+        with contextlib.ExitStack() as made:
+            with temporary_storage():
+                self._said = made.enter_context(tempfile.TemporaryFile())
+            self._child = child.start("scoring", "main", self._said, pipe_bytes=_PIPE_BYTES)
+            made.callback(child.end, self._child)
             description = self._ask(order)
-        except BaseException:
-            self.close()
-            raise
+            self._made = made.pop_all()
         self.vocabulary: int = description["vocabulary"]
         """Rows of logits: the size of the vocabulary, padding included."""
         self.context: int = context or description["context"]
@@ -129,8 +130,7 @@ class Scorer:
 
     def close(self) -> None:
         """End the process and give its memory back. May be called twice."""
-        child.end(self._child)
-        self._said.close()
+        self._made.close()
 
     def __enter__(self) -> Scorer:
         return self

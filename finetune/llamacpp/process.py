@@ -35,6 +35,7 @@ from typing import IO, Any, NoReturn
 
 from finetune.errors import ExportError, MissingExtraError, StorageError
 from finetune.llamacpp import child
+from finetune.runs.files import temporary_storage
 
 _SOCKET_NAME_BYTES = 103
 """The longest name of a socket: 107 on Linux, 103 on macOS."""
@@ -65,17 +66,16 @@ class Process:
         child.require_runtime(path)
         self._place = str(path)
         self._key = secrets.token_hex(16)
-        self._log = _open_log(log)
-        self._log_start = self._log.seek(0, os.SEEK_END)
-        self._child = child.start("process", "serve", self._log)
-        self._folder = _socket_folder() if endpoint is None else None
-        """Where its socket lies, if it serves this process alone: no port, and nobody else may enter."""
-        order = settings | {"path": str(path), "verbosity": _VERBOSE if log else _QUIET} | self._listen(endpoint)
-        try:
+        with contextlib.ExitStack() as made:
+            self._folder = made.enter_context(_socket_folder()) if endpoint is None else None
+            """Where its socket lies, if it serves this process alone: no port, and nobody else may enter."""
+            self._log = made.enter_context(_open_log(log))
+            self._log_start = self._log.seek(0, os.SEEK_END)
+            order = settings | {"path": str(path), "verbosity": _VERBOSE if log else _QUIET} | self._listen(endpoint)
+            self._child = child.start("process", "serve", self._log)
+            made.callback(child.end, self._child)
             self._address = self._start(order)
-        except BaseException:
-            self.close()
-            raise
+            self._made = made.pop_all()
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Post a request and return the whole answer."""
@@ -109,10 +109,7 @@ class Process:
 
     def close(self) -> None:
         """End the process. May be called twice."""
-        child.end(self._child)
-        self._log.close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._made.close()
 
     def _listen(self, endpoint: Endpoint | None) -> dict[str, Any]:
         """Where to listen, and which keys to take. Without an endpoint: for us alone."""
@@ -197,15 +194,22 @@ class Process:
         return None
 
 
-def _socket_folder() -> str | None:
+@contextlib.contextmanager
+def _socket_folder() -> Iterator[str | None]:
     """A new folder for a socket, or None where the system has no such sockets, or its name would be too long."""
     if not hasattr(socket, "AF_UNIX") or os.name != "posix":
-        return None
-    folder = tempfile.mkdtemp(prefix="ft-llama-")
+        yield None
+        return
+    with temporary_storage():
+        folder = tempfile.mkdtemp(prefix="ft-llama-")
     if len(os.fsencode(folder)) + len("/llama.sock") > _SOCKET_NAME_BYTES:
         os.rmdir(folder)
-        return None
-    return folder
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _SocketConnection(http.client.HTTPConnection):
@@ -227,7 +231,8 @@ def _words(answer: Any) -> str:
 
 def _open_log(log: Path | None) -> IO[bytes]:
     if log is None:
-        return tempfile.TemporaryFile()
+        with temporary_storage():
+            return tempfile.TemporaryFile()
     try:
         return log.open("a+b")
     except OSError as error:

@@ -139,7 +139,7 @@ class RunFolder:
         """Hold the folder for this process. The operating system frees the lock however the process ends."""
         path = self.path / ".lock"
         with storage_errors(path):
-            file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - lives as long as the lock
+            file = open(path, "a+b", buffering=0)  # noqa: SIM115 - lives as long as the lock
         with file:
             try:
                 _lock_file(file.fileno())
@@ -147,13 +147,13 @@ class RunFolder:
                     raise OSError  # who had the lock has just removed it, with the folder
             except OSError as error:
                 file.seek(0)
-                holder = file.read().strip() or "another process"
+                holder = file.read(100).decode(errors="replace").strip() or "another process"
                 raise StorageError(
                     f"in use by {holder}", place=str(self.path), hint="wait for it, or start a second run with --fresh"
                 ) from error
-            file.truncate(0)
-            file.write(f"process {os.getpid()}")
-            file.flush()
+            with contextlib.suppress(OSError):  # on a full disk the lock holds all the same: `ft clean` makes room
+                file.truncate(0)
+                file.write(f"process {os.getpid()}".encode())
             yield
 
     @property
@@ -221,13 +221,19 @@ def _may_be_of(name: str, run: RunFolder) -> bool:
 
 
 def open_run(path: Path, runs: Path = DEFAULT_RUNS) -> RunFolder:
-    """The run that a person named: a folder, or just its name below `runs/`."""
-    for candidate in (path, runs / path):
-        if candidate.is_dir():
-            run = RunFolder(candidate)
-            run.read_manifest()
-            return run
-    for candidate in (path, runs / path):
+    """The run that a person named: a folder, or just its name below `runs/`.
+
+    A folder that is no run does not hide the run of its name. What has no name of its own (`.`, `..`) is a place and
+    nothing else, and gets its full path: exports are named after the run, and prepared data lies beside it.
+    """
+    is_name = path.name != "" and ".." not in path.parts
+    candidates = (path, runs / path) if is_name else (path,)
+    if folders := [candidate for candidate in candidates if candidate.is_dir()]:
+        named = [folder for folder in folders if os.path.lexists(folder / "manifest.json")]
+        run = RunFolder((named or folders)[0])
+        run.read_manifest()
+        return run if run.name not in ("", "..") else RunFolder(run.path.resolve())
+    for candidate in candidates:
         if candidate.is_file():
             raise _not_a_run(path, candidate)
     from difflib import get_close_matches

@@ -68,7 +68,7 @@ def _is_cached(config: Config) -> bool:
         needed = {"model.safetensors"}
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return False
-    return (folder / "config.json").is_file() and needed <= weights
+    return needed <= weights and all((folder / name).is_file() for name in ("config.json", "tokenizer.json"))
 
 
 class _WithoutSecrets(io.TextIOWrapper):

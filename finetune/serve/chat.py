@@ -18,7 +18,7 @@ from finetune.errors import ExportError, RunError, StorageError
 from finetune.runs.folder import RunFolder
 from finetune.runs.log import logged
 from finetune.serve.answers import Answer, Style, open_answers
-from finetune.serve.artifact import newest_artifact
+from finetune.serve.artifact import newest_artifact, warn_of_another
 from finetune.serve.checks import check_artifact
 
 COMMANDS = {
@@ -65,6 +65,7 @@ def talk(run: RunFolder, settings: Settings, prompt: str | None, console: Consol
         raise RunError("the prompt is empty", place="--prompt", hint="give a text, or `-` and a text on stdin")
     artifact = newest_artifact(run, settings.using, "chat")
     check_artifact(run, artifact)
+    warn_of_another(run, artifact, console)
     style = Style(settings.max_tokens, settings.temperature)
     with ExitStack() as stack:
         with logged(run.log):

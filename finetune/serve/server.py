@@ -25,7 +25,7 @@ from finetune.llamacpp.process import Endpoint, Process
 from finetune.runs.folder import RunFolder
 from finetune.runs.log import logged
 from finetune.serve.address import KEY_VARIABLE, check_address, check_free, free_port, listeners
-from finetune.serve.artifact import Artifact, artifacts, newest_artifact, to_gguf
+from finetune.serve.artifact import Artifact, artifacts, newest_artifact, to_gguf, warn_of_another
 from finetune.serve.checks import check_artifact
 from finetune.serve.child import Child
 from finetune.serve.front import Front
@@ -63,6 +63,7 @@ def serve(run: RunFolder, settings: Settings, console: Console) -> None:
     check_free(settings.host, settings.port)
     artifact = _artifact(run, settings.using)
     check_artifact(run, artifact)
+    warn_of_another(run, artifact, console)
     with _stoppable(), logged(run.log):
         console.say(f"loading {artifact.path}")
         if artifact.kind == "gguf":

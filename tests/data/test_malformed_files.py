@@ -11,6 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from finetune.data.read.packed import _write
+from finetune.errors import DataError
+
 from .conftest import fault, packed
 
 LINES = b"".join(b'{"a": "%d"}\n' % number for number in range(1000))
@@ -366,6 +369,23 @@ def test_no_room_to_unpack(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "a.parquet.gz").write_bytes(packed(parquet(TABLE), ".gz"))
     monkeypatch.setattr("finetune.data.read.packed._write", _full)
     assert fault(here / "a.parquet.gz").startswith("a.parquet.gz: cannot be read: No space left on device")
+
+
+def test_no_room_at_the_end_of_unpacking() -> None:
+    """What is small enough is first written where the file is flushed."""
+
+    class Full(io.BytesIO):
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(DataError, match=r"cannot be unpacked into .*No space left on device"):
+        _write(io.BufferedReader(io.BytesIO(b"a")), Full(), "a.parquet.gz")
+
+
+def test_no_folder_to_unpack_into(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "a.parquet.gz").write_bytes(packed(parquet(TABLE), ".gz"))
+    monkeypatch.setattr("tempfile.TemporaryFile", _full)
+    assert fault(here / "a.parquet.gz").startswith("a.parquet.gz: cannot be unpacked: No space left on device")
 
 
 def _full(*_: Any) -> None:

@@ -105,14 +105,21 @@ def test_archives_one_after_the_other_are_one_file(here: Path, suffix: str) -> N
     assert [(row.values["a"], row.place) for row in found] == [(1, f"a.jsonl{suffix}:1"), (2, f"a.jsonl{suffix}:3")]
 
 
-def test_what_was_unpacked_is_removed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("nameless", [True, False])
+def test_what_was_unpacked_is_removed(nameless: bool, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where files can be without a name, what is unpacked never has one: not even SIGKILL can leave it behind."""
+    if nameless and not Path("/proc/self/fd").is_dir():
+        pytest.skip("the system has no /proc")
     (here / "room").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(here / "room"))
+    if not nameless:
+        exists = Path.exists
+        monkeypatch.setattr(Path, "exists", lambda path: "/fd/" not in str(path) and exists(path))
     content = write_arrow(here / "a.arrow", [{"a": number} for number in range(5000)]).read_bytes()
     (here / "a.arrow.gz").write_bytes(packed(content, ".gz"))
     rows = read_rows(DataSource(path=str(here / "a.arrow.gz")))
     assert next(rows).values == {"a": 0}
-    assert list((here / "room").iterdir())
+    assert bool(list((here / "room").iterdir())) is not nameless
     rows.close()  # type: ignore[attr-defined]
     assert not list((here / "room").iterdir())
     assert len(read(here / "a.arrow.gz")) == 5000

@@ -270,7 +270,7 @@ def test_what_ends_an_answer(byte_base: Path) -> None:
         ("tokenizer.json", b"\xff", "tokenizer.json: tokenizer.json cannot be read"),
         ("tokenizer_config.json", b"{", "tokenizer_config.json: cannot be read"),
         ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json: cannot be read"),
-        ("tokenizer_config.json", b"[1]", ""),
+        ("tokenizer_config.json", b"[1]", "tokenizer_config.json: is not a mapping"),
         ("tokenizer_config.json", b'{"chat_template": [{"name": "x"}, 3], "bos_token": 3, "eos_token": {}}', ""),
         ("chat_template.jinja", b"\xff", "chat_template.jinja: cannot be read"),
     ],

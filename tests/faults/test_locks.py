@@ -91,3 +91,20 @@ def test_a_killed_command_leaves_no_processes(server: FaultServer, tmp_path: Pat
     shutil.rmtree(tmp_path / "runs")
     killed = server.run("data", path, cwd=tmp_path, fault=Kill(tokens[0]))
     assert killed.signal == signal.SIGKILL
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits on files as POSIX has them")
+def test_a_disk_without_a_byte_does_not_keep_a_run_from_being_held(tmp_path: Path) -> None:
+    """`ft clean` has to hold the run that it makes room in."""
+    code = f"""
+import resource, signal
+from pathlib import Path
+from finetune.runs.folder import RunFolder
+run = RunFolder(Path({str(tmp_path / "run")!r}))
+run.create()
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+with run.lock():
+    print("held")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("held\n", "", 0)

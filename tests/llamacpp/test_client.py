@@ -18,7 +18,8 @@ import pytest
 from finetune.errors import ExportError, MissingExtraError, StorageError
 from finetune.export.gguf import convert
 from finetune.export.source import open_model
-from finetune.llamacpp import LlamaCpp
+from finetune.llamacpp import LlamaCpp, child
+from finetune.llamacpp.logits import Scorer
 from finetune.llamacpp.process import Endpoint, Process
 
 pytest.importorskip("gguf")
@@ -157,7 +158,8 @@ def test_the_log_of_an_endpoint_does_not_grow_with_its_requests(gguf: Path, tmp_
 ORPHAN = """
 import os, sys
 from pathlib import Path
-from finetune.llamacpp import LlamaCpp
+from finetune.llamacpp import LlamaCpp, child
+from finetune.llamacpp.logits import Scorer
 llama = LlamaCpp(Path(sys.argv[1]), context=64, gpu_layers=0, threads=1)
 print(llama._process._address, flush=True)
 os.kill(os.getpid(), 9)
@@ -207,3 +209,34 @@ def test_without_the_library_the_hint_names_the_extra(gguf: Path, monkeypatch: p
     with pytest.raises(MissingExtraError) as caught:
         LlamaCpp(gguf, context=64)
     assert caught.value.problems[0].hint == 'pip install "finetune[gguf]"'
+
+
+@pytest.mark.fault("no room for temporary files", stage="chat", outcome="refused with a hint; nothing is left behind")
+def test_no_room_for_temporary_files(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object, **__: object) -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    for name in ("mkdtemp", "TemporaryFile"):
+        with monkeypatch.context() as patch:
+            patch.setattr(tempfile, name, none)
+            with pytest.raises(StorageError, match="No usable temporary directory"):
+                LlamaCpp(gguf, context=64, gpu_layers=0, threads=1)
+            if name == "TemporaryFile":
+                with pytest.raises(StorageError, match="No usable temporary directory"):
+                    Scorer(gguf, context=64)
+
+
+def test_a_start_that_fails_leaves_nothing(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    def interrupted(module: str, *_: object, **__: object) -> None:
+        started.append(module)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(child, "start", interrupted)
+    for start in (LlamaCpp, Scorer):
+        with pytest.raises(KeyboardInterrupt):
+            start(gguf, context=64)
+    assert started == ["process", "scoring"]
+    assert list(tmp_path.iterdir()) == []

@@ -28,7 +28,7 @@ ENVIRONMENT = {
 LOGIN = "hf_CanaryLoggedInWithTheHub0000000001"
 CONFIG = "hf_CanaryWrittenIntoTheConfig00000001"
 URL = ("canary-password-of-a-url", "canary-query-of-a-url")
-KWARGS = "canary-on-the-command-line"
+KWARGS = "canary-0nTheC0mmandLine"
 CANARIES = (*ENVIRONMENT.values(), LOGIN, CONFIG, *URL, KWARGS)
 
 TRAIN = {

@@ -73,7 +73,7 @@ def test_offline_where_all_is_here(
     assert os.environ["HF_HUB_OFFLINE"] == "0", "a person's own setting wins"
 
 
-@pytest.mark.parametrize("damage", ["model.safetensors", "config.json", "shards"])
+@pytest.mark.parametrize("damage", ["model.safetensors", "config.json", "tokenizer.json", "shards"])
 def test_what_is_half_in_the_cache_is_still_fetched(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

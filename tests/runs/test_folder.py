@@ -59,6 +59,30 @@ def test_a_run_is_found_by_its_folder_or_its_name(tmp_path: Path, monkeypatch: p
     assert open_run(tmp_path / "runs" / "legal").name == "legal"
 
 
+@pytest.mark.parametrize(("inside", "named"), [(".", "."), ("./", "./"), ("adapter", ".."), (".", "adapter/..")])
+def test_a_run_that_is_named_without_its_name_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str, named: str
+) -> None:
+    """Its name is in the names of exports, and prepared data lies beside it: `.` has neither name nor parent."""
+    run = make(tmp_path / "runs" / "legal")
+    run.adapter.mkdir()
+    monkeypatch.chdir(run.path / inside)
+    found = open_run(Path(named))
+    assert (found.name, found.path.parent) == ("legal", tmp_path.resolve() / "runs")
+
+
+def test_a_folder_of_the_same_name_is_not_taken_for_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(Path("runs/legal"))
+    Path("legal").mkdir()
+    assert open_run(Path("legal")).path == Path("runs/legal")
+    make(Path("legal"))
+    assert open_run(Path("legal")).path == Path("legal")
+    make(Path("other"))
+    with pytest.raises(RunError, match="no such run"):
+        open_run(Path("../other"))  # and not `runs/../other`
+
+
 def test_what_a_person_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RunError) as none:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import World
+from .conftest import EVALUATED, World
 
 SETTINGS = (
     "config.json",
@@ -45,18 +45,20 @@ def plant_code(world: World, folder: str = "base") -> None:
 
 
 def test_code_beside_a_known_model_is_never_run(world: World) -> None:
-    """Six files that name classes of their own. The model is a Llama whatever they say: it trains, merges, exports."""
+    """Six files that name classes of their own. The model is a Llama whatever they say: it trains, answers, merges,
+    exports."""
     plant_code(world)
+    world.config(evaluation=EVALUATED)
     for name in ("training_args.bin", "optimizer.pt", "pytorch_model.bin", "scheduler.pt", "model.pt"):
         (world.base / name).write_bytes(world.evil_pickle(f"canary-{name}"))
-    for command in (["check", "c.yaml"], ["data", "c.yaml"], ["train", "c.yaml"]):
-        outcome = world.ft(*command)
+    for command in ("check", "data", "train"):
+        outcome = world.ft(command, "c.yaml", "-s", "train.max_steps=2")
         assert outcome.code == 0, outcome.said
     adapter = world.run / "adapter"
     assert "auto_map" not in (adapter / "tokenizer_config.json").read_text()
     assert not list(adapter.glob("*.py"))
-    for command in (["merge", "runs/c", "--no-verify"], ["export", "runs/c", "--quant", "q8_0", "--no-verify"]):
-        outcome = world.ft(*command)
+    for arguments in (["merge", "runs/c", "--no-verify"], ["export", "runs/c", "--quant", "q8_0", "--no-verify"]):
+        outcome = world.ft(*arguments)
         assert outcome.code == 0, outcome.said
     assert not list((world.run / "merged").glob("*.py"))
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune.train.checkpoints import seal
+from finetune.train.checkpoints import SEAL, damage, seal
 
 from .conftest import World
+
+GO_ON = ("train", "c.yaml", "-s", "train.max_steps=2")
 
 
 def unfinished(world: World) -> Path:
@@ -34,7 +36,7 @@ def as_torch_writes_it(pickled: bytes) -> bytes:
 def test_an_untouched_checkpoint_is_gone_on_from(finished: World) -> None:
     """What the other tests rely on: resealed, a good checkpoint is one."""
     seal(unfinished(finished))
-    outcome = finished.ft("train", "c.yaml")
+    outcome = finished.ft(*GO_ON)
     assert outcome.code == 0, outcome.said
     assert "going on" in outcome.said
 
@@ -46,36 +48,50 @@ def test_pickles_under_a_good_seal(finished: World, name: str, form: str) -> Non
     evil = finished.evil_pickle()
     (checkpoint / name).write_bytes(evil if form == "bare" else as_torch_writes_it(evil))
     seal(checkpoint)
-    finished.refused("train", "c.yaml")
+    finished.refused(*GO_ON)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "training_args.bin",
-        "pytorch_model.bin",
-        "adapter_model.bin",
-        "scaler.pt",
-        "optimizer.bin",
-        "a/adapter_model.bin",
-    ],
-)
-def test_pickles_that_no_checkpoint_has(finished: World, name: str) -> None:
-    checkpoint = unfinished(finished)
-    (checkpoint / name).parent.mkdir(exist_ok=True)
-    (checkpoint / name).write_bytes(finished.evil_pickle())
-    (checkpoint / name).with_name("adapter_config.json").write_text('{"peft_type": "LORA", "auto_mapping": {}}')
-    seal(checkpoint)
-    finished.ft("train", "c.yaml")
+STRAY = ("training_args.bin", "pytorch_model.bin", "adapter_model.bin", "optimizer.bin", "a/adapter_model.bin")
 
 
-@pytest.mark.parametrize("name", ["../../../../rows.jsonl", "/etc/passwd", "a/../../b"])
-def test_a_seal_that_names_files_elsewhere(finished: World, name: str) -> None:
+def test_pickles_that_no_checkpoint_has(finished: World) -> None:
+    """One is enough for a checkpoint to be none; with all of them, nothing looks into any."""
     checkpoint = unfinished(finished)
     seal(checkpoint)
-    finished.merge_json("runs/c/checkpoints/checkpoint-1/whole.json", **{name: {"bytes": 1, "sha256": "0" * 64}})
-    outcome = finished.ft("train", "c.yaml")
-    assert "going on" not in outcome.said
+    assert damage(checkpoint) is None
+    for name in STRAY:
+        other = checkpoint.with_name("other")
+        shutil.copytree(checkpoint, other)
+        (other / name).parent.mkdir(exist_ok=True)
+        (other / name).write_bytes(finished.evil_pickle())
+        seal(other)
+        assert damage(other), name
+        shutil.rmtree(other)
+    (checkpoint / "a").mkdir()
+    for name in STRAY:
+        (checkpoint / name).write_bytes(finished.evil_pickle(f"canary-{name.replace('/', '-')}"))
+        (checkpoint / name).with_name("adapter_config.json").write_text('{"peft_type": "LORA", "auto_mapping": {}}')
+    seal(checkpoint)
+    assert "going on" not in finished.ft(*GO_ON).said
+
+
+def test_a_pickled_scaler(finished: World) -> None:
+    """A checkpoint may have one, though this run makes none."""
+    checkpoint = unfinished(finished)
+    (checkpoint / "scaler.pt").write_bytes(finished.evil_pickle())
+    seal(checkpoint)
+    assert damage(checkpoint) is None
+    finished.ft(*GO_ON)
+
+
+def test_a_seal_that_names_files_elsewhere(finished: World) -> None:
+    checkpoint = unfinished(finished)
+    for name in ("/etc/passwd", "a/../../b", "../../../../rows.jsonl"):
+        seal(checkpoint)
+        assert damage(checkpoint) is None
+        finished.merge_json(f"runs/c/checkpoints/checkpoint-1/{SEAL}", **{name: {"bytes": 1, "sha256": "0" * 64}})
+        assert damage(checkpoint), name
+    assert "going on" not in finished.ft(*GO_ON).said
 
 
 def test_a_state_that_names_callbacks(finished: World) -> None:
@@ -84,4 +100,4 @@ def test_a_state_that_names_callbacks(finished: World) -> None:
     path = "runs/c/checkpoints/checkpoint-1/trainer_state.json"
     finished.merge_json(path, stateful_callbacks={"evil_module.Evil": {"args": {}, "attributes": {}}})
     seal(checkpoint)
-    finished.ft("train", "c.yaml")
+    finished.ft(*GO_ON)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import re
 import signal
@@ -18,11 +20,12 @@ from finetune.data.conversation import Message
 from finetune.data.jinja import TemplateRefusal
 from finetune.errors import ExportError, RunError
 from finetune.runs.folder import RunFolder
-from finetune.serve.artifact import newest_artifact
+from finetune.serve import chat, server
+from finetune.serve.artifact import Artifact, newest_artifact
 from finetune.serve.chat import Conversation, _lines
 from tests.conftest import RunFt
 from tests.serve.conftest import ONCE
-from tests.serve.test_server import posix
+from tests.serve.test_server import free_port, posix
 
 
 class Answerer:
@@ -184,6 +187,69 @@ def test_the_newest_artifact_is_taken(tmp_path: Path) -> None:
     assert newest_artifact(run, "adapter", "chat").kind == "adapter"
     with pytest.raises(RunError, match="--using is one of"):
         newest_artifact(run, "best", "chat")
+
+
+def exported(run: RunFolder, name: str, age: int, weights: bytes | None) -> Path:
+    """An artifact, and in verification.json the adapter that it was made of (None: there is no such record)."""
+    path = run.path / name
+    if path.suffix:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    else:
+        path.mkdir()
+    os.utime(path, (5000 - age, 5000 - age))
+    known = json.loads(run.verification.read_text("utf-8")) if run.verification.exists() else {}
+    if weights is not None:
+        adapter = {"adapter_model.safetensors": hashlib.sha256(weights).hexdigest()}
+        run.verification.write_text(json.dumps(known | {name: {"sha256": "0" * 64, "adapter": adapter}}))
+    return path
+
+
+def test_what_was_made_of_the_adapter_as_it_is_now_comes_first(tmp_path: Path) -> None:
+    """A run that was given more steps has another adapter than the one that was exported."""
+    run = RunFolder(tmp_path / "legal")
+    run.adapter.mkdir(parents=True)
+    (run.adapter / "adapter_model.safetensors").write_bytes(b"six steps")
+    os.utime(run.adapter, (1000, 1000))
+    old = exported(run, "gguf/legal-q8_0.gguf", 1, b"four steps")
+    merged = exported(run, "merged", 2, b"four steps")
+    assert newest_artifact(run, "auto", "chat") == Artifact("adapter", run.adapter)
+    assert newest_artifact(run, "gguf", "chat") == Artifact("gguf", old, of_another=True)
+    assert newest_artifact(run, "merged", "chat") == Artifact("merged", merged, of_another=True)
+    now = exported(run, "gguf/legal-f16.gguf", 3, b"six steps")
+    assert newest_artifact(run, "gguf", "chat") == Artifact("gguf", now)
+    unrecorded = exported(run, "gguf/legal-f32.gguf", 2, None)  # nothing is known against it
+    assert newest_artifact(run, "gguf", "chat") == Artifact("gguf", unrecorded)
+
+
+@pytest.mark.parametrize("known", ["[1]", "{", '{"merged": 1}', '{"merged": {"adapter": "x"}}'])
+def test_a_record_that_says_nothing_about_an_adapter(tmp_path: Path, known: str) -> None:
+    run = RunFolder(tmp_path / "legal")
+    run.adapter.mkdir(parents=True)
+    exported(run, "merged", 0, None)
+    run.verification.write_text(known)
+    assert newest_artifact(run, "merged", "chat") == Artifact("merged", run.merged)
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_an_answer_of_another_adapter_is_announced_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    run = RunFolder(tmp_path / "legal")
+    run.adapter.mkdir(parents=True)
+    file = exported(run, "gguf/legal-q8_0.gguf", 0, b"four steps")
+    for module in (chat, server):
+        monkeypatch.setattr(module, "check_artifact", lambda *_: None)
+    monkeypatch.setattr(chat, "open_answers", lambda *_: Answerer())
+    monkeypatch.setattr(server, "_serve_gguf", lambda *_: None)
+    if command == "chat":
+        chat.talk(run, chat.Settings("gguf", None, 5, 0.0), "hello", Console())
+    else:
+        server.serve(run, server.Settings("auto", "127.0.0.1", free_port(), None, 64, 0, 1), Console())
+    assert capsys.readouterr().err.startswith(
+        f"warning: {file} was made of another adapter than this run has now: remove it, and "
+        f"`ft export {run.path} --to gguf` makes it anew\n"
+    )
 
 
 # -- the real command ---------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def medical_run(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFo
     path = folder / "medical.yaml"
     path.write_text(yaml.safe_dump(config), "utf-8")
     run = run_pipeline(path, [], folder / "runs", Console(), fresh=False).run
-    export(run, "hf", ["q8_0"], Wishes(), Console())
+    export(run, "hf", [], Wishes(), Console())
     export(run, "gguf", ["f32"], Wishes(), Console())
     return run
 

@@ -11,6 +11,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from finetune.config.schema import PACKED_SUFFIXES
 from finetune.errors import DataError
@@ -82,25 +83,48 @@ def unpacked(path: Path, shown: str) -> Iterator[Path]:
             pass  # so that a file that cannot be opened at all is not called damaged
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="ft-unpacked-") as folder:
-        whole = Path(folder) / "file"
+    with _scratch(shown) as (file, whole):
         with opened(path, shown) as source:
-            _write(source, whole, shown)
+            _write(source, file, shown)
         yield whole
 
 
-def _write(source: io.BufferedReader, path: Path, shown: str) -> None:
-    with open(path, "wb") as target:
-        while block := source.read(_BLOCK):
-            try:
-                target.write(block)
-            except OSError as error:
-                free = shutil.disk_usage(path.parent).free
-                raise DataError(
-                    f"cannot be unpacked into {path.parent.parent}: {error.strerror} ({free:,} bytes are free)",
-                    place=shown,
-                    hint="set TMPDIR to a folder with more room, or unpack the file yourself",
-                ) from error
+@contextlib.contextmanager
+def _scratch(shown: str) -> Iterator[tuple[IO[bytes], Path]]:
+    """A new file, to be written, and where it can be read. On Linux it has no name in any folder, so that nothing of
+    it is left however this process ends."""
+    try:
+        nameless = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
+    except OSError as error:  # tempfile itself has looked for a folder that can be written
+        raise _no_room(f": {error.strerror}", shown) from error
+    with nameless:
+        path = Path(f"/proc/self/fd/{nameless.fileno()}")
+        if path.exists():
+            yield nameless, path
+            return
+    with tempfile.TemporaryDirectory(prefix="ft-unpacked-") as folder, open(Path(folder) / "file", "wb") as file:
+        yield file, Path(file.name)
+
+
+def _write(source: io.BufferedReader, target: IO[bytes], shown: str) -> None:
+    block = b" "
+    while block:
+        block = source.read(_BLOCK)
+        try:
+            target.write(block)
+            target.flush()
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            free = shutil.disk_usage(folder).free
+            raise _no_room(f" into {folder}: {error.strerror} ({free:,} bytes are free)", shown) from error
+
+
+def _no_room(why: str, shown: str) -> DataError:
+    return DataError(
+        f"cannot be unpacked{why}",
+        place=shown,
+        hint="set TMPDIR to a folder with more room, or unpack the file yourself",
+    )
 
 
 def lines(file: io.BufferedReader, shown: str) -> Iterator[bytes]:

@@ -1,6 +1,6 @@
 """Writing files: whole or not at all (`whole.py`), and what is said when there is no room (`room.py`)."""
 
-from finetune.runs.files.room import FULL, require_space, storage_errors
+from finetune.runs.files.room import FULL, require_space, storage_errors, temporary_storage
 from finetune.runs.files.whole import (
     copy_file,
     discard,
@@ -30,6 +30,7 @@ __all__ = [
     "storage_errors",
     "sync",
     "sync_folder",
+    "temporary_storage",
     "write_json",
     "write_text",
 ]

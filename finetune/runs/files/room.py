@@ -81,6 +81,18 @@ def require_space(folder: Path, needed: int, what: str, *, largest: int = 0) -> 
         )
 
 
+@contextlib.contextmanager
+def temporary_storage() -> Iterator[None]:
+    """Raise StorageError where the system refuses a temporary file or folder."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"no temporary file can be made: {error.strerror}",
+            hint="make room there, lift the limit (`ulimit -f unlimited`), or set TMPDIR to another folder",
+        ) from error
+
+
 def _hidden_errno(error: Exception) -> int | None:
     """The errno in what Rust's standard library says about a failed call; of torch's, the likely one."""
     if found := re.search(r"\(os error (\d+)\)", str(error)):
