@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from finetune.data.tokenizer import load_tokenizer
-from finetune.train.sft import copy_tokenizer
+from finetune.train.saved import copy_tokenizer
 
 TEXTS = ["In 2024 there were 12345.", "<s>hi <|end|>you <|user|>\n there", " lead e\u0301 cafe\u0301", "a\n\n b's"]
 DIGITS = {
