@@ -43,7 +43,7 @@ audit:
 docs: $(VENV)/.ready-dev
 	$(BIN)/python -c "from finetune.config.reference import reference_page; print(reference_page(), end='')" > docs/config.md
 	$(FT) config schema > finetune/config/config.schema.json
-	$(BIN)/python -m pytest --collect-only -qq --reliability docs/reliability.md > /dev/null
+	$(BIN)/python -m pytest --collect-only -qq --reliability=docs/reliability.md > /dev/null
 
 # torch comes first and by itself: the same version has CPU and CUDA builds, so the lock cannot hold its hash.
 $(VENV)/.ready: requirements/torch.txt requirements/lock.txt pyproject.toml

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,13 @@ ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 
 ALL_ITEMS = pytest.StashKey[list[pytest.Item]]()
 """Every test there is, those included that are not run by default."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Signals as a terminal has them: `nohup make test &` starts its children with some that are ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,6 +1,6 @@
 """docs/reliability.md: which faults are survived, and the test that proves it; from the `fault` marks of all tests.
 
-make docs writes it (`pytest --collect-only --reliability docs/reliability.md`); tests/test_docs.py compares it.
+make docs writes it (`pytest --collect-only --reliability=docs/reliability.md`); tests/test_docs.py compares it.
 """
 
 from __future__ import annotations

@@ -142,6 +142,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.fault("a chat template that loops or grows without end", stage="preparing data", outcome="stopped, named")
+# The signal may come in a callback of the garbage collector, where what is raised is lost; then it comes again.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @ways
 @pytest.mark.parametrize("source", BOMBS.values(), ids=BOMBS.keys())
 def test_no_template_runs_for_ever_or_fills_the_memory(impatient: None, way: Way, source: str) -> None:
