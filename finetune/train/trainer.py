@@ -137,7 +137,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 raise non_finite(f"`{name}`", step, [])
         folder = Path(self.args.output_dir)
         checkpoints.write(folder, step, self._fill)
-        checkpoints.rotate(folder, step, self._keep, self._best_step())
+        self._rotate()
+
+    def _rotate(self) -> None:
+        checkpoints.rotate(Path(self.args.output_dir), self.state.global_step, self._keep, self._best_step())
 
     def _fill(self, folder: Path) -> None:
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -156,7 +159,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def restore(self, checkpoint: Path) -> TrainerState:
         """The weights of a checkpoint whose training was over, and what was logged up to it."""
         self._load_from_checkpoint(str(checkpoint))
-        return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.state: TrainerState = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        # Whoever wrote it may have been killed before the one that it makes superfluous was removed.
+        self._rotate()
+        return self.state
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         with _unreadable(resume_from_checkpoint):

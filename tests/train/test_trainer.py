@@ -311,3 +311,18 @@ def test_in_float16_skipped_steps_are_allowed_but_not_for_ever() -> None:
         step(number, float("inf"))
     with pytest.raises(TrainingError, match=r"the gradient is no longer a finite number at step 7 \(rows: 7\)"):
         step(7, float("inf"))
+
+
+def test_what_the_last_checkpoint_makes_superfluous_goes_even_if_its_writer_was_killed(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    import shutil
+
+    run = RunFolder(tmp_path / "run")
+    config = small(tmp_path, tiny_base, train={"save_every": 1})
+    start(config, run)
+    assert {path.name for path in run.checkpoints.iterdir()} == {"checkpoint-3", "checkpoint-4"}
+    for name in ("checkpoint-1", "checkpoint-2"):
+        shutil.copytree(run.checkpoints / "checkpoint-3", run.checkpoints / name)
+    start(config, run)
+    assert {path.name for path in run.checkpoints.iterdir()} == {"checkpoint-3", "checkpoint-4"}
