@@ -18,7 +18,7 @@ from finetune.config.reference import explain
 from finetune.config.schema import Config, is_local_base
 from finetune.console import Console, duration, size
 from finetune.data.prepare import PreparedData, prepare
-from finetune.errors import RunError, StorageError
+from finetune.errors import StorageError
 from finetune.export.base_identity import fingerprint
 from finetune.model.adapter import check_targets
 from finetune.redaction import redacted
@@ -27,6 +27,7 @@ from finetune.runs.files import write_json, write_text
 from finetune.runs.folder import RunFolder, check_adapter
 from finetune.runs.log import logged, stay_offline
 from finetune.runs.manifest import day_of, provenance, resolved_yaml, timestamp
+from finetune.runs.resolved import config_of
 from finetune.runs.tracking import check_tracking, prepare_tracking
 from finetune.stopping import Stopped, Stopper, stoppable
 from finetune.train.length import steps_in_all
@@ -152,18 +153,6 @@ def evaluate(run: RunFolder, console: Console) -> Comparison | None:
     if comparison is not None:
         write_json(run.evaluation, comparison.as_dict())
     return comparison
-
-
-def config_of(run: RunFolder) -> Config:
-    """The resolved config that a run was made with, with the very commit of its base."""
-    if not run.resolved.is_file():
-        raise RunError("this run has no resolved.yaml", place=str(run.path), hint="restore it, or train with --fresh")
-    config = load(run.resolved, references=False).config
-    revision = run.read_manifest().get("revision")
-    if isinstance(revision, str) and not is_local_base(config.base):
-        config = config.model_copy(update={"revision": revision})
-    stay_offline(config)
-    return config
 
 
 def prepare_shown(

@@ -89,6 +89,11 @@ class PreparedData:
             return None
         return choose_template(self.chat_template, self.tokenizer, self.today)
 
+    @cached_property
+    def rows_digest(self) -> str:
+        """What tells the training rows and their packs from others. Reads every token."""
+        return self.store.digest(self.store.train) + (self.packs.digest() if self.packs is not None else "")
+
     @property
     def sequences(self) -> int:
         return len(self.train) if self.packs is None else len(self.packs)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.base_files import weight_files
-from finetune.config.schema import Config, is_local_base
+from finetune.config.schema import Config
 from finetune.console import Console
 from finetune.errors import BaseError, ConfigError, ExportError, Problem, StorageError
-from finetune.pipeline import config_of
 from finetune.proving import Exported, Onto, prove, record_unproven, state_of
 from finetune.runs.files import discard, partial_of
 from finetune.runs.folder import RunFolder
+from finetune.runs.resolved import config_of
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,9 @@ def base_of(run: RunFolder) -> tuple[Config, Path]:
     """The run's config and the files of the very base that it was trained on."""
     from finetune.export.base_identity import check_base
 
-    config, manifest = config_of(run), run.read_manifest()
-    recorded = manifest.get("revision")
-    if isinstance(recorded, str) and not is_local_base(config.base):
-        config = config.model_copy(update={"revision": recorded})
+    config = config_of(run)
     base = weight_files(config)
-    check_base(manifest, base)
+    check_base(run.read_manifest(), base)
     return config, base
 
 

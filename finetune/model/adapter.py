@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config.schema import Config
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, StorageError
 from finetune.model.base import LoadedModel
+from finetune.safetensors_heads import parse_header
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -84,10 +85,8 @@ def _layer_names(folder: Path) -> set[str]:
     else:
         for path in folder.glob("*.safetensors"):
             try:
-                with open(path, "rb") as file:
-                    header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 100_000_000)))
-            except (OSError, ValueError):
+                tensors.update(tensor.name for tensor in parse_header(path) if len(tensor.shape) == 2)
+            except StorageError:
                 return set()
-            tensors.update(name for name in header if len(header[name].get("shape", ())) == 2)
     modules = {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in tensors if name.endswith(".weight")}
     return {name for name in modules if "norm" not in name and "embed" not in name}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from finetune.data.conversation import Message
 from finetune.runs.folder import RunFolder
+from finetune.runs.resolved import config_of
 from finetune.serve.artifact import Artifact
 
 if TYPE_CHECKING:
@@ -85,12 +86,11 @@ def _transformers(run: RunFolder, artifact: Artifact, style: Style) -> Answer:
 def _load(run: RunFolder, merged: Path | None) -> LoadedModel:
     """The merged folder, or the base with the run's adapter."""
     from finetune.base_files import weight_files
-    from finetune.config.load import load
     from finetune.model.adapter import load_adapter
     from finetune.model.base import LoadedModel, load_base
     from finetune.model.hardware import detect
 
-    config = load(run.resolved, references=False).config
+    config = config_of(run)
     if merged is not None:
         plain = config.model_copy(update={"base": str(merged), "quantization": "none"})
         return load_base(plain, merged, detect())

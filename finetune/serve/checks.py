@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from finetune.base_files import check_weights, read_model_config, weight_files
-from finetune.config.load import load
 from finetune.config.schema import is_local_base
-from finetune.errors import RunError
 from finetune.llamacpp.gguf_head import check_gguf
 from finetune.runs.folder import RunFolder, check_adapter
+from finetune.runs.resolved import config_of
 from finetune.serve.artifact import Artifact
 
 
@@ -24,8 +23,6 @@ def check_artifact(run: RunFolder, artifact: Artifact) -> None:
         check_weights(artifact.path)
         return
     check_adapter(run)
-    if not run.resolved.is_file():
-        raise RunError("this run has no resolved.yaml", place=str(run.path), hint="restore it, or train with --fresh")
-    config = load(run.resolved, references=False).config
+    config = config_of(run)
     if is_local_base(config.base):
         read_model_config(weight_files(config))

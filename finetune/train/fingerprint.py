@@ -79,7 +79,7 @@ def fingerprint(config: Config, data: PreparedData, base_files: Mapping[str, str
         "format": 1,
         "config": as_plain(config),
         "steps": steps,
-        "rows": data.store.digest(data.store.train) + (data.packs.digest() if data.packs is not None else ""),
+        "rows": data.rows_digest,
         "template": None if template is None else hashlib.sha256(template.source.encode()).hexdigest(),
         "base": dict(base_files),
     }

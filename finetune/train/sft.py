@@ -91,28 +91,27 @@ def _give_back_memory() -> None:
         torch.cuda.empty_cache()
 
 
+@dataclass
 class _Attempt:
     """One way through the training; tried again with smaller batches if memory runs out."""
 
-    def __init__(
-        self,
-        config: Config,
-        data: PreparedData,
-        loaded: LoadedModel,
-        run: RunFolder,
-        console: Console,
-        stopper: Stopper,
-        base_files: Mapping[str, str],
-    ) -> None:
-        self._config, self._data, self._loaded, self._run = config, data, loaded, run
-        self._console, self._stopper = console, stopper
-        self._steps = steps_in_all(config, data)
-        self._record = fingerprint(config, data, base_files, self._steps)
+    config: Config
+    data: PreparedData
+    loaded: LoadedModel
+    """The model has its adapter."""
+    run: RunFolder
+    console: Console
+    stopper: Stopper
+    base_files: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        self._steps = steps_in_all(self.config, self.data)
+        self._record = fingerprint(self.config, self.data, self.base_files, self._steps)
         self._initial: list[torch.Tensor] | None = None
         self._passed_over: list[str] = []
 
     def __call__(self, batch: Batch) -> Trained:
-        run, console = self._run, self._console
+        run, console = self.run, self.console
         clear_leftovers(run.checkpoints)
         checkpoint, faults = newest_whole(run.checkpoints)
         for fault in faults:
@@ -127,11 +126,11 @@ class _Attempt:
             trainer.let_go()
 
     def _train(self, trainer: Trainer, checkpoint: Path | None) -> Trained:
-        run, console, model = self._run, self._console, self._loaded.model
+        run, console, model = self.run, self.console, self.loaded.model
         self._reset_adapter()
         self._require_room()
         began = time.monotonic()
-        with self._stopper.held():
+        with self.stopper.held():
             if checkpoint is not None and step_of(checkpoint) >= self._steps:
                 state = trainer.restore(checkpoint)  # the library would take one more step
             else:
@@ -139,38 +138,38 @@ class _Attempt:
                     console.say(f"going on from step {step_of(checkpoint):,} of {self._steps:,}")
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 state = trainer.state
-                if self._stopper.asked is not None and state.global_step < self._steps:
+                if self.stopper.asked is not None and state.global_step < self._steps:
                     console.say(f"saved at step {state.global_step:,} of {self._steps:,}")
-                    raise Stopped(self._stopper.asked)
+                    raise Stopped(self.stopper.asked)
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad and not torch.isfinite(parameter).all():
                     raise non_finite(f"`{name}`", state.global_step, [])
-            save_adapter(model, self._data, run)
-        self._stopper.stop_if_asked()
+            save_adapter(model, self.data, run)
+        self.stopper.stop_if_asked()
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         model.eval()
         loss = float(losses[-1]) if losses and math.isfinite(losses[-1]) else None
-        return Trained(self._loaded, state.global_step, time.monotonic() - began, memory_in_use(), loss)
+        return Trained(self.loaded, state.global_step, time.monotonic() - began, memory_in_use(), loss)
 
     def _trainer(self, batch: Batch) -> Trainer:
-        config, data = self._config, self._data
+        config, data = self.config, self.data
         held_out = data.held_out if config.evaluation.every and data.held_out else None
         tokens_per_step = data.tokens / data.sequences * batch.micro * batch.accumulation
         guard = GuardCallback(
-            self._stopper,
+            self.stopper,
             longest(sequence_lengths(data), batch.micro),
             longest(held_out.lengths, batch.micro) if held_out else [],
         )
         guard.trainer = trainer = Trainer(
-            model=self._loaded.model,
-            args=arguments(config, self._run, self._loaded.hardware, self._steps, batch),
+            model=self.loaded.model,
+            args=arguments(config, self.run, self.loaded.hardware, self._steps, batch),
             train_dataset=to_dataset(data),
             eval_dataset=held_out_dataset(held_out) if held_out else None,
             data_collator=Collator(data.store.row, data.tokenizer.pad_id),
             processing_class=processing_class(data),
             callbacks=[
-                ProgressCallback(self._console, tokens_per_step),
-                MetricsCallback(self._run.metrics, self._console, tokens_per_step),
+                ProgressCallback(self.console, tokens_per_step),
+                MetricsCallback(self.run.metrics, self.console, tokens_per_step),
                 guard,
             ],
             place=data.store.place,
@@ -185,7 +184,7 @@ class _Attempt:
         TRL casts a quantised model's adapter to bf16. Small updates are lost there, so it is kept in fp32; B is still
         zero and A only random, so nothing trained has been rounded.
         """
-        parameters = [parameter for parameter in self._loaded.model.parameters() if parameter.requires_grad]
+        parameters = [parameter for parameter in self.loaded.model.parameters() if parameter.requires_grad]
         for parameter in parameters:
             parameter.data = parameter.data.float()
             parameter.grad = None
@@ -198,16 +197,16 @@ class _Attempt:
 
     def _require_room(self) -> None:
         """Raise StorageError now, if the checkpoints and the adapter would not find room later."""
-        run, train = self._run, self._config.train
-        weights = sum(p.numel() for p in self._loaded.model.parameters() if p.requires_grad)
+        run, train = self.run, self.config.train
+        weights = sum(p.numel() for p in self.loaded.model.parameters() if p.requires_grad)
         optimizer = weights * (2 if train.optimizer.endswith("8bit") else 8)
         adapter = 4 * weights
         small = 2**21  # the states of schedule and random numbers, the manifest, the metrics
         tokenizer = sum(
-            path.stat().st_size for name in TOKENIZER_FILES if (path := self._data.base_folder / name).is_file()
+            path.stat().st_size for name in TOKENIZER_FILES if (path := self.data.base_folder / name).is_file()
         )
         # Those that are kept, the best one, and the one that is being written.
-        checkpoints = train.keep_checkpoints + (1 if self._config.evaluation.every else 0) + 1
+        checkpoints = train.keep_checkpoints + (1 if self.config.evaluation.every else 0) + 1
         needed = checkpoints * (adapter + optimizer) + adapter + tokenizer + small
         require_space(
             run.path,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,15 @@ MODULES = {"self_attn.q_proj": (256, 256), "mlp.down_proj": (256, 512)}
 """The modules with a LoRA → (out, in)."""
 
 Tensors = dict[str, np.ndarray[Any, Any]]
+
+Spoil = Callable[[Path], Any]
+"""What is done to a folder in which everything was right."""
+
+COPY = "download or copy it again"
+POINTER = (
+    "is a Git LFS pointer: the note that stands for a file which was not fetched | `git lfs pull` in its folder "
+    "fetches the file itself; or download it again"
+)
 
 
 def workplace(folder: Path) -> Path:
@@ -112,3 +123,18 @@ def gguf(*, version: int = 3, tensors: int | None = None, entries: int | None = 
 
 def gguf_text(text: str) -> bytes:
     return struct.pack("<Q", len(text)) + text.encode()
+
+
+# -- ways to spoil it ---------------------------------------------------------------------------------------------
+
+
+def write(name: str, content: bytes | str) -> Spoil:
+    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def remove(name: str) -> Spoil:
+    return lambda folder: (folder / name).unlink()
+
+
+def pipe(name: str) -> Spoil:
+    return lambda folder: ((folder / name).unlink(missing_ok=True), os.mkfifo(folder / name))

@@ -5,38 +5,17 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from .conftest import Refused
 from .host import Host
-from .made import LFS_POINTER, head
+from .made import COPY, LFS_POINTER, POINTER, Spoil, head, pipe, remove, write
 
 AGAIN = "download the model again: this file is damaged"
-COPY = "download or copy it again"
-POINTER = (
-    "is a Git LFS pointer: the note that stands for a file which was not fetched | `git lfs pull` in its folder "
-    "fetches the file itself; or download it again"
-)
 NO_HEAD = f"its first bytes are not the head of a safetensors file, or it is cut short | {COPY}"
 SHARD = "model-00001-of-00002.safetensors"
-
-Spoil = Callable[[Path], Any]
-
-
-def write(name: str, content: bytes | str) -> Spoil:
-    return lambda base: (base / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def remove(name: str) -> Spoil:
-    return lambda base: (base / name).unlink()
-
-
-def pipe(name: str) -> Spoil:
-    return lambda base: ((base / name).unlink(), os.mkfifo(base / name))
 
 
 def cut(name: str, count: int) -> Spoil:

@@ -11,13 +11,9 @@ import pytest
 
 from .conftest import Refused
 from .host import Host
-from .made import LFS_POINTER
+from .made import LFS_POINTER, POINTER
 
 ROW = b'{"question": "Why?", "answer": "So."}\n'
-POINTER = (
-    "is a Git LFS pointer: the note that stands for a file which was not fetched | `git lfs pull` in its folder "
-    "fetches the file itself; or download it again"
-)
 MEND = "mend the row, or remove it"
 EACH_LINE = "each line must be one JSON object"
 TAKE_TURNS = "after an optional system message, user and assistant take turns"

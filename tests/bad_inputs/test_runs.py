@@ -14,7 +14,21 @@ import pytest
 
 from .conftest import Refused, said_by
 from .host import Host
-from .made import LFS_POINTER, Tensors, adapter_config, adapter_tensors, gguf, head, write_safetensors
+from .made import (
+    COPY,
+    LFS_POINTER,
+    POINTER,
+    Spoil,
+    Tensors,
+    adapter_config,
+    adapter_tensors,
+    gguf,
+    head,
+    pipe,
+    remove,
+    write,
+    write_safetensors,
+)
 
 COMMANDS: dict[str, list[str]] = {
     "chat": ["chat", "runs/good", "-p", "hello"],
@@ -26,29 +40,9 @@ COMMANDS: dict[str, list[str]] = {
 FRESH = "restore it, or train with --fresh"
 AGAIN = "restore it, or train again with --fresh"
 OTHER = "this is not, or not all of, what `ft train` saves: restore it, or train again with --fresh"
-COPY = "download or copy it again"
-POINTER = (
-    "is a Git LFS pointer: the note that stands for a file which was not fetched | `git lfs pull` in its folder "
-    "fetches the file itself; or download it again"
-)
 MANIFEST = "runs/good/manifest.json"
 CONFIG = "runs/good/adapter/adapter_config.json"
 WEIGHTS = "runs/good/adapter/adapter_model.safetensors"
-
-Spoil = Callable[[Path], Any]
-
-
-def write(name: str, content: bytes | str) -> Spoil:
-    return lambda run: (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def remove(name: str) -> Spoil:
-    return lambda run: (run / name).unlink()
-
-
-def pipe(name: str) -> Spoil:
-    return lambda run: ((run / name).unlink(missing_ok=True), os.mkfifo(run / name))
-
 
 # -- the folder and its manifest, for all commands ----------------------------------------------------------------
 

@@ -59,18 +59,9 @@ def partial_folder(final: Path, *, needed: int | None = None) -> Iterator[Path]:
     Every file in it must have been synced by whoever wrote it. `needed` is for the message of a full disk, in bytes.
     Raises ExportError if `final` exists already.
     """
-    refuse_existing(final)
-    partial = partial_of(final)
-    discard(partial)
-    try:
-        with storage_errors(partial, needed=needed):
-            partial.mkdir(parents=True)
-            yield partial
-            sync(partial)
-            promote(partial, final)
-    except BaseException:
-        _clear_away(partial)
-        raise
+    with partial_file(final, needed=needed) as partial:
+        partial.mkdir()
+        yield partial
 
 
 @contextlib.contextmanager
