@@ -1,101 +1,133 @@
 """How long a newcomer waits: from typing `ft train` to the first step, and to the end, of a small job.
 
-    .venv/bin/python benchmarks/first_step.py --repeat 5
+    .venv/bin/python -m benchmarks.first_step --rounds 5
+    .venv/bin/python -m benchmarks.first_step --other litgpt="litgpt finetune_lora {base} --data JSON …"
 
-The job: 20 steps of LoRA on the shipped tiny Llama, 2,000 chat rows of about 60 tokens, CPU. Beside it, in
-turn with it, a process that only imports what training needs: the part that no trainer on this stack can avoid.
-Prints the median of each, and of their ratio pair by pair, and writes benchmarks/results/first_step.json.
+The job: 20 steps of LoRA on the shipped tiny Llama, 2,000 chat rows of about 60 tokens, CPU. In turn with it:
+
+    bare      a script that does only what no trainer can avoid: import torch, transformers, PEFT and TRL's trainer,
+              load model and tokenizer, put the adapter on. The first step is measured against its whole process.
+    trl       TRL's own command line on the same rows, with the same batch and adapter
+    NAME      any other command, given with --other; {folder}, {base}, {rows} and {trl} are filled in (a fresh folder,
+              the model, messages as JSON Lines, and a folder with prompts and completions)
+
+Prints medians of whole processes and of their ratios round by round; writes benchmarks/results/first_step.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import random
-import statistics
-import subprocess
+import dataclasses
+import shlex
 import sys
 import tempfile
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import yaml
+from benchmarks import jobs
+from benchmarks.jobs import Job
+from benchmarks.measuring import RESULTS, Ended, Failed, about, in_turn, last_words, medians, ratio, run, table, write
 
-ROOT = Path(__file__).parent.parent
-IMPORTS = (
-    "import torch, transformers; from transformers import AutoModelForCausalLM; from trl import SFTConfig, SFTTrainer"
-)
-WORDS = "the contract party shall pay notice term fee within thirty days after signing unless agreed otherwise"
+JOB = Job(steps=20, micro_batch=4, length=256)
 
-
-def write_job(folder: Path) -> Path:
-    """2,000 rows of one question and one answer, and a config for 20 steps."""
-    chance = random.Random(0)
-    words = WORDS.split()
-    with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
-        for _ in range(2000):
-            question, answer = (" ".join(chance.choices(words, k=count)) for count in (12, 24))
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": turns}) + "\n")
-    config = {
-        "base": str(ROOT / "data" / "samples" / "quickstart-base"),
-        "data": [{"path": "rows.jsonl"}],
-        "evaluation": {"split": 0},
-        "quantization": "none",
-        "train": {"max_steps": 20, "sequence_length": 256, "micro_batch_size": 4, "gradient_accumulation_steps": 1},
-    }
-    path = folder / "job.yaml"
-    path.write_text(yaml.safe_dump(config), "utf-8")
-    return path
+BARE = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from trl import SFTConfig, SFTTrainer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+"""
 
 
-def run_job(config: Path) -> tuple[float, float]:
-    """Seconds to the first step's metrics, and to the end of the process."""
-    command = [sys.executable, "-m", "finetune.cli", "train", str(config), "--fresh", "--json"]
-    began = time.monotonic()
-    first = float("nan")
-    with subprocess.Popen(command, cwd=config.parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if first != first and json.loads(line)["event"] == "metrics":
-                first = time.monotonic() - began
-    if process.returncode:
-        raise SystemExit(f"ft train failed with exit code {process.returncode}")
-    return first, time.monotonic() - began
+def ft(folder: Path) -> dict[str, float]:
+    ended = run(jobs.ours(JOB, folder, jobs.TINY), folder)
+    steps = jobs.steps_of_ours(ended.lines)
+    if ended.code or not steps.times:
+        raise Failed(jobs.error_of_ours(ended.lines) or last_words(folder))
+    return _costs(ended) | {"first_step_s": steps.times[0]}
 
 
-def run_imports() -> float:
-    began = time.monotonic()
-    subprocess.run([sys.executable, "-c", IMPORTS], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.monotonic() - began
+def bare(folder: Path) -> dict[str, float]:
+    return _costs(_must(run([sys.executable, "-c", BARE, str(jobs.TINY)], folder), folder))
+
+
+def trl(folder: Path) -> dict[str, float]:
+    ended = _must(run(jobs.trl(JOB, folder, jobs.TINY), folder), folder)
+    steps = jobs.steps_of_trl(ended.lines)
+    return _costs(ended) | ({"first_step_s": steps.times[0]} if steps.times else {})
+
+
+def other(command: str, folder: Path) -> dict[str, float]:
+    places = {"folder": folder, "base": jobs.TINY, "rows": folder / "rows.jsonl", "trl": folder / "trl"}
+    for name, place in places.items():
+        command = command.replace("{" + name + "}", str(place))
+    return _costs(_must(run(shlex.split(command), folder), folder))
+
+
+def _costs(ended: Ended) -> dict[str, float]:
+    return {"wall_s": ended.wall, "cpu_s": ended.cpu, "peak_mb": ended.peak_mb}
+
+
+def _must(ended: Ended, folder: Path) -> Ended:
+    if ended.code:
+        raise Failed(f"exit code {ended.code}: {last_words(folder)}")
+    return ended
+
+
+def in_fresh_folder(way: Callable[[Path], dict[str, float]]) -> Callable[[], dict[str, float]]:
+    """A way that finds nothing of what an earlier run of it left."""
+
+    def once() -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as folder:
+            jobs.write_rows(Path(folder))
+            return way(Path(folder))
+
+    return once
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=5, help="pairs to run, after one that is not counted")
-    repeat = parser.parse_args().repeat
-    firsts, totals, imports = [], [], []
-    with tempfile.TemporaryDirectory() as folder:
-        config = write_job(Path(folder))
-        run_job(config), run_imports()
-        for _ in range(repeat):
-            first, total = run_job(config)
-            firsts.append(first)
-            totals.append(total)
-            imports.append(run_imports())
-    ratios = [first / alone for first, alone in zip(firsts, imports, strict=True)]
-    result = {
-        "pairs": repeat,
-        "first_step_seconds": round(statistics.median(firsts), 2),
-        "whole_process_seconds": round(statistics.median(totals), 2),
-        "imports_alone_seconds": round(statistics.median(imports), 2),
-        "first_step_over_imports": round(statistics.median(ratios), 2),
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count, after one that does not")
+    parser.add_argument("--other", action="append", default=[], metavar="NAME=COMMAND")
+    parser.add_argument("--quick", action="store_true", help="one round, none before it; nothing is kept")
+    parser.add_argument("--out", type=Path, default=RESULTS / "first_step.json")
+    chosen = parser.parse_args()
+    ways: dict[str, Callable[[Path], dict[str, float]]] = {"ft": ft, "bare": bare, "trl": trl}
+    for text in chosen.other:
+        name, _, command = text.partition("=")
+        if not command:
+            parser.error(f"--other {text}: write NAME=COMMAND")
+        ways[name] = partial(other, command)
+    fresh = {name: in_fresh_folder(way) for name, way in ways.items()}
+    if not chosen.quick:
+        in_turn(fresh, 1)
+    rounds, failed = in_turn(fresh, 1 if chosen.quick else chosen.rounds)
+    result: dict[str, Any] = {**about(), "job": dataclasses.asdict(JOB), "rounds": len(rounds), "failed": failed}
+    result["ways"] = {name: medians(rounds, name) for name in ways if name not in failed}
+    firsts = [one["ft"]["first_step_s"] / one["bare"]["wall_s"] for one in rounds if "ft" in one and "bare" in one]
+    result["first_step / bare"] = sorted(firsts)[len(firsts) // 2] if firsts else None
+    result["wall of ft / others"] = {
+        name: ratio(rounds, "ft", name, "wall_s") for name in ways if name not in ("ft", "bare")
     }
-    for name, value in result.items():
-        print(f"{name:<26} {value}")
-    path = ROOT / "benchmarks" / "results" / "first_step.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({**result, "python": sys.version.split()[0]}, indent=2) + "\n")
+    header = ["", "whole process, s", "first step, s", "CPU, s", "peak MB"]
+    print(
+        table(
+            header,
+            [
+                [name, one.get("wall_s"), one.get("first_step_s"), one.get("cpu_s"), one.get("peak_mb")]
+                for name, one in result["ways"].items()
+            ],
+        )
+    )
+    print(f"first step / bare: {result['first_step / bare']}")
+    for name, why in failed.items():
+        print(f"{name}: {why}")
+    if not chosen.quick:
+        write(result, chosen.out)
 
 
 if __name__ == "__main__":

@@ -132,6 +132,33 @@ def data(
 
 
 @app.command()
+def plan(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    gpu: Annotated[str | None, typer.Option(metavar="CARD", help="A card, such as rtx-4090, t4 or h100.")] = None,
+    vram: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Any card with so much memory, such as 12GB.")
+    ] = None,
+    runs: RunsOption = RUNS,
+    json_output: JsonOption = False,
+) -> None:
+    """Say beforehand whether a config fits a card, how long it takes and what it costs.
+
+    Without a card: the one that is here, or a line for every card there is. Nothing large is downloaded or loaded.
+
+    \b
+    Examples:
+      ft plan configs/legal-llama3-8b.yaml
+      ft plan configs/legal-llama3-8b.yaml --gpu rtx-4090
+      ft plan configs/legal-llama3-8b.yaml --vram 12GB -s train.sequence_length=4096
+    """
+    console.json_events = json_output
+    from finetune.planning import plan as run_plan
+
+    run_plan(config, overrides or [], runs, console, gpu=gpu, vram=vram)
+
+
+@app.command()
 def train(
     config: ConfigArgument,
     overrides: SetOption = None,

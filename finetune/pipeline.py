@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.base_files import check_weights, resolved_revision, small_files, weight_files
+from finetune.base_files import check_weights, read_model_config, resolved_revision, small_files, weight_files
 from finetune.config.load import LoadedConfig, load
 from finetune.config.reference import explain
 from finetune.config.schema import Config, is_local_base
@@ -21,6 +21,7 @@ from finetune.data.prepare import PreparedData, prepare
 from finetune.errors import StorageError
 from finetune.export.base_identity import fingerprint
 from finetune.model.adapter import check_targets
+from finetune.plan.estimate import as_written
 from finetune.redaction import redacted
 from finetune.resuming import Resumption, choose_run, nothing_to_do, reserved, resumption
 from finetune.runs.files import write_json, write_text
@@ -224,38 +225,40 @@ def _train_and_evaluate(
     gc.disable()
     from finetune.evaluate.compare import compare, try_longest
     from finetune.model.base import load_base
-    from finetune.model.hardware import choose_optimizer, detect, use_gradient_checkpointing
+    from finetune.model.hardware import choose_optimizer, detect
+    from finetune.model.recompute import blocks
+    from finetune.train.fitting import expected
     from finetune.train.sft import train as run_training
 
     hardware = detect()
     gc.enable()
     gc.freeze()
+    plan = expected(config, data, read_model_config(base), hardware, run)
+    for line in plan.lines():
+        console.say(line)
+    console.event("plan", **plan.as_dict())
     optimizer, why_optimizer = choose_optimizer(config, hardware)
-    _, why_checkpointing = use_gradient_checkpointing(config, hardware)
     loaded = load_base(config, base, hardware)
-    steps = steps_in_all(config, data)
+    fit = plan.fit or as_written(config, len(blocks(loaded.model)), hardware.device)
     choices = {
         "device": hardware.name,
         "compute": hardware.dtype_reason,
         "quantization": config.quantization,
         "optimizer": why_optimizer,
-        "gradient_checkpointing": why_checkpointing,
+        "step": f"{fit}; {plan.why}",
     }
-    run.update_manifest(choices=choices)
+    run.update_manifest(choices=choices, plan=plan.as_dict())
     console.say(
         f"loaded in {duration(time.monotonic() - began)}: {config.quantization} on {hardware.name}, {optimizer}"
     )
-    for what, why in choices.items():
-        if what in ("compute", "gradient_checkpointing"):
-            console.say(f"      {what.replace('_', ' ')}: {why}")
-    train = config.train
-    console.say(
-        f"training: {steps:,} steps of {train.micro_batch_size} × {train.gradient_accumulation_steps} sequences"
-    )
+    console.say(f"      compute: {hardware.dtype_reason}")
+    console.say(f"training: {steps_in_all(config, data):,} steps of {fit}")
     try_longest(data, loaded)
-    trained = run_training(config, data, loaded, run, console, stopper, base_files)
+    trained = run_training(config, data, loaded, run, console, stopper, base_files, fit)
+    estimated = f" (estimated {size(plan.memory)})" if plan.memory is not None else ""
     console.say(
-        f"trained {trained.steps:,} steps in {duration(trained.seconds)}, peak memory {size(trained.peak_memory)}"
+        f"trained {trained.steps:,} steps in {duration(trained.seconds)}, "
+        f"peak memory {size(trained.peak_memory)}{estimated}"
     )
     with console.progress("evaluating") as progress:
         comparison = compare(config, data, trained.loaded, lambda what, done, total: progress.update(done, what))

@@ -23,6 +23,7 @@ COMMANDS = [
     "init",
     "check",
     "data",
+    "plan",
     "train",
     "eval",
     "chat",

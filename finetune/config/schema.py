@@ -197,9 +197,20 @@ class Train(Section):
     """`auto` is AdamW with fp32 state: an adapter is so small that 8-bit state saves little. The paged and 8-bit ones
     are for large ranks on small cards (on a CPU, nothing is paged)."""
 
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute activations in the backward pass: far less memory for about a third more time. `auto` is on with a GPU,
-    and off on a CPU, where memory is not what is scarce."""
+    fit: Literal["auto", "as-written"] = "auto"
+    """Whether the plan may cut a step otherwise than it is written, to be as fast as the memory that is there allows:
+    `auto` takes the micro batch, the layers that are recomputed and the offload that the plan finds quickest, and keeps
+    micro_batch_size × gradient_accumulation_steps, so that the steps are the same. What `gradient_checkpointing` and
+    `offload` say is kept. On a CPU nothing is changed."""
+
+    gradient_checkpointing: bool | Annotated[int, Field(ge=0, le=1000)] | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: far less memory for about a third more time. `true` does it in every
+    layer, a number in so many of them. `auto` takes as many as the memory demands (all of them with `fit: as-written`),
+    and none on a CPU, where memory is not what is scarce."""
+
+    offload: bool | Literal["auto"] = "auto"
+    """Let what recomputation starts from (one tensor a layer) wait in the machine's own memory. `auto` does so where a
+    single sequence would not fit otherwise."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seeds the adapter's initialisation, the order of the rows, the held-out split and dropout."""
@@ -214,6 +225,25 @@ class Train(Section):
 
     log_every: PositiveInt | None = None
     """Write a line of metrics every so many optimizer steps. Not given: 100 times over the run, at least."""
+
+
+class Speed(Section):
+    attention: Literal["auto", "varlen", "sdpa"] = "auto"
+    """`varlen` lays rows end to end and attends to each alone: nothing is computed on padding or across rows. `sdpa`
+    is torch's attention with a mask. `auto` is varlen wherever the model's attention allows it."""
+
+    fused: bool | Literal["auto"] = "auto"
+    """RMSNorm, rotary embedding and SwiGLU in one kernel each (liger-kernel on a GPU). `auto` uses what fits the
+    model."""
+
+    lora: bool = True
+    """A LoRA linear that saves less for the backward pass, once for all layers with the same input."""
+
+    head: bool = True
+    """Compute the loss and its gradient together, for tokens with loss only, a chunk at a time."""
+
+    compile: bool = False
+    """Compile each layer with torch.compile, in place of `fused` and `lora`: a minute or more at the start of a run."""
 
 
 class Config(Section):
@@ -242,6 +272,9 @@ class Config(Section):
 
     train: Train = Train()
     """The training run."""
+
+    speed: Speed = Speed()
+    """Faster ways to compute the same steps. Each can be switched off, to compare or where it fails."""
 
     private_data: Literal["report", "ignore"] = "report"
     """Look in the data for what seems to be secrets and personal data (keys, passwords, e-mail addresses, telephone and

@@ -77,12 +77,3 @@ def choose_optimizer(config: Config, hardware: Hardware) -> tuple[str, str]:
     names = {"adamw_8bit": "adamw_bnb_8bit", "paged_adamw": "paged_adamw_32bit", "paged_adamw_8bit": "paged_adamw_8bit"}
     paged = "; nothing is paged on a CPU" if hardware.device == "cpu" and wanted.startswith("paged") else ""
     return names[wanted], f"{wanted}, as configured{paged}"
-
-
-def use_gradient_checkpointing(config: Config, hardware: Hardware) -> tuple[bool, str]:
-    """Whether activations are recomputed, and why."""
-    if config.train.gradient_checkpointing != "auto":
-        return config.train.gradient_checkpointing, "as configured"
-    if hardware.device == "cpu":
-        return False, "off on a CPU, where memory is not what is scarce"
-    return True, "on, to fit long sequences into GPU memory"

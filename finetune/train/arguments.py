@@ -9,25 +9,24 @@ from trl import SFTConfig
 
 from finetune.config.schema import Config
 from finetune.data.prepare import PreparedData
-from finetune.model.hardware import Hardware, choose_optimizer, use_gradient_checkpointing
+from finetune.model.hardware import Hardware, choose_optimizer
+from finetune.plan.setup import Fit
 from finetune.runs.folder import RunFolder
-from finetune.train.length import Batch
 
 MIN_SAVE_STEPS = 25
 """A checkpoint costs about as much as a short step of a tiny model, and 25 steps of a large one are a few minutes."""
 
 
-def arguments(config: Config, run: RunFolder, hardware: Hardware, steps: int, batch: Batch) -> SFTConfig:
+def arguments(config: Config, run: RunFolder, hardware: Hardware, steps: int, fit: Fit) -> SFTConfig:
     train = config.train
-    checkpointing, _ = use_gradient_checkpointing(config, hardware)
     optimizer, _ = choose_optimizer(config, hardware)
     schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
     return SFTConfig(
         output_dir=str(run.checkpoints),
         run_name=run.name,
-        per_device_train_batch_size=batch.micro,
-        per_device_eval_batch_size=batch.micro,
-        gradient_accumulation_steps=batch.accumulation,
+        per_device_train_batch_size=fit.micro_batch,
+        per_device_eval_batch_size=fit.micro_batch,
+        gradient_accumulation_steps=fit.accumulation,
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
         learning_rate=train.learning_rate,
@@ -41,8 +40,7 @@ def arguments(config: Config, run: RunFolder, hardware: Hardware, steps: int, ba
         bf16=hardware.compute_dtype == "bfloat16",
         fp16=hardware.compute_dtype == "float16",
         use_cpu=hardware.device == "cpu",
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        gradient_checkpointing=False,  # the library knows all layers or every nth: model/recompute.py has set it up
         logging_steps=train.log_every or max(1, steps // 100),
         logging_nan_inf_filter=False,
         save_strategy="steps",

@@ -24,7 +24,14 @@ FREE = (
     "train.save_every",
     "train.keep_checkpoints",
     "train.log_every",
+    "train.fit",
     "train.gradient_checkpointing",
+    "train.offload",
+    "speed.attention",
+    "speed.fused",
+    "speed.lora",
+    "speed.head",
+    "speed.compile",
     "evaluation.every",
     "evaluation.max_rows",
     "evaluation.metric",
@@ -34,7 +41,7 @@ FREE = (
     "private_data",
     "tracking",
 )
-"""Keys that no weight depends on."""
+"""Keys that no weight depends on, beyond the rounding of sums."""
 
 OF_ROWS = (
     "data",

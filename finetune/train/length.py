@@ -3,44 +3,62 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, replace
+from typing import Any
 
 from finetune.config.schema import Config
 from finetune.data.prepare import PreparedData
+from finetune.plan import amount
+from finetune.plan.setup import Fit
 from finetune.runs.folder import RunFolder
 
 
 def steps_in_all(config: Config, data: PreparedData) -> int:
-    """Optimizer steps of the whole run, counted as transformers counts them: an epoch's last, partial step counts."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    batches = math.ceil(data.sequences / config.train.micro_batch_size)
-    per_epoch = math.ceil(batches / config.train.gradient_accumulation_steps)
-    return max(1, math.ceil(per_epoch * config.train.epochs))
+    """Optimizer steps of the whole run."""
+    return amount.steps_in_all(data.sequences, config.train)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """How an optimizer step is made: sequences at a time, and how many times."""
+def smaller(fit: Fit, layers: int, *, offload: bool) -> Fit | None:
+    """The same step, from the same sequences in the same order, in less memory; None where there is no such thing.
 
-    micro: int
-    accumulation: int
+    First fewer sequences at a time, which costs little once a pass fills the GPU; then more recomputed layers, a
+    quarter of them at a time; at last the offload, which waits for the bus. `offload` says whether there is anywhere
+    to offload to: a GPU's memory is not the machine's.
+    """
+    micro = next((size for size in range(fit.micro_batch - 1, 0, -1) if fit.micro_batch % size == 0), None)
+    if micro is not None:
+        return replace(fit, micro_batch=micro, accumulation=fit.accumulation * (fit.micro_batch // micro))
+    if fit.recomputed < layers:
+        return replace(fit, recomputed=min(layers, fit.recomputed + math.ceil(layers / 4)))
+    return replace(fit, offload=True) if offload and not fit.offload else None
 
-    def __str__(self) -> str:
-        return f"{self.micro} × {self.accumulation} sequences"
 
-    def smaller(self) -> Batch | None:
-        """The next smaller micro batch that makes the same step from the same sequences in the same order."""
-        smaller = next((size for size in range(self.micro - 1, 0, -1) if self.micro % size == 0), None)
-        return None if smaller is None else Batch(smaller, self.accumulation * (self.micro // smaller))
+def remembered(config: Config, run: RunFolder) -> Fit | None:
+    """How the step was cut earlier in this run: a run that goes on must round as it did before.
+
+    None for a new run, or where another cut has been configured since.
+    """
+    known = (run.read_manifest() if run.manifest.exists() else {}).get("fit")
+    if not isinstance(known, dict) or known.get("configured") != _wishes(config):
+        return None
+    used = known.get("used")
+    if not isinstance(used, dict):
+        return None
+    numbers: dict[str, Any] = {name: used.get(name) for name in ("micro_batch", "accumulation", "recomputed")}
+    if not all(type(number) is int for number in numbers.values()):
+        return None
+    fit = Fit(**numbers, offload=used.get("offload") is True)
+    same = (
+        fit.micro_batch * fit.accumulation == config.train.micro_batch_size * config.train.gradient_accumulation_steps
+    )
+    return fit if same and fit.micro_batch > 0 and fit.recomputed >= 0 else None
 
 
-def batch_of(config: Config, run: RunFolder) -> Batch:
-    """As configured, or as it turned out earlier in this run that memory allows."""
-    train = config.train
-    batch = Batch(train.micro_batch_size, train.gradient_accumulation_steps)
-    known = (run.read_manifest() if run.manifest.exists() else {}).get("micro_batch")
-    used = known.get("used") if isinstance(known, dict) and known.get("configured") == batch.micro else None
-    if isinstance(used, int) and 0 < used < batch.micro and batch.micro % used == 0:
-        return Batch(used, batch.accumulation * (batch.micro // used))
-    return batch
+def remember(config: Config, run: RunFolder, fit: Fit) -> None:
+    """Keep in the manifest how the step is cut."""
+    run.update_manifest(fit={"configured": _wishes(config), "used": asdict(fit)})
+
+
+def _wishes(config: Config) -> dict[str, Any]:
+    names = ("fit", "micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "offload")
+    return {name: getattr(config.train, name) for name in names}

@@ -18,6 +18,8 @@ from finetune.errors import TrainingError
 from finetune.model.adapter import add_adapter
 from finetune.model.base import LoadedModel
 from finetune.model.memory import is_out_of_memory
+from finetune.model.recompute import blocks, recompute_layers
+from finetune.plan.setup import Fit
 from finetune.runs.files import require_space
 from finetune.runs.folder import RunFolder
 from finetune.stopping import Stopped, Stopper
@@ -26,8 +28,9 @@ from finetune.train.batches import Collator, held_out_dataset, longest, sequence
 from finetune.train.callbacks import GuardCallback, MetricsCallback, ProgressCallback, memory_in_use
 from finetune.train.checkpoints import clear_leftovers, newest_whole, size_on_disk, step_of
 from finetune.train.fingerprint import fingerprint
-from finetune.train.length import Batch, batch_of, steps_in_all
+from finetune.train.length import remember, smaller, steps_in_all
 from finetune.train.saved import TOKENIZER_FILES, save_adapter
+from finetune.train.speed import Faster, make_faster
 from finetune.train.trainer import Trainer, non_finite
 
 
@@ -50,38 +53,50 @@ def train(
     console: Console,
     stopper: Stopper,
     base_files: Mapping[str, str],
+    fit: Fit,
 ) -> Trained:
     """Train, going on from the newest whole checkpoint if there is one, and save the adapter.
 
-    Where memory does not suffice, it is tried again with smaller micro batches that make the same steps.
+    Where memory does not suffice, it is tried again with the same steps cut smaller.
 
+    fit         how a step is cut at first
     base_files  the hashes that tell the base from others (`export.base_identity`), for the checkpoints
 
     Raises TrainingError for a loss that is not finite, or memory that does not suffice for one sequence; `Stopped` at
     the end of the step during which the run was asked to stop. No adapter is saved then.
     """
     model = add_adapter(config, loaded)
-    batch = batch_of(config, run)
-    attempt = _Attempt(config, data, LoadedModel(model, loaded.hardware), run, console, stopper, base_files)
+    loaded = LoadedModel(model, loaded.hardware)
+    faster = make_faster(config, loaded, packed=data.packs is not None)
+    run.update_manifest(speed=faster.reasons)
+    try:
+        return _train_fitting(_Attempt(config, data, loaded, faster, run, console, stopper, base_files), fit)
+    finally:
+        faster.restore()
+
+
+def _train_fitting(attempt: _Attempt, fit: Fit) -> Trained:
+    """Attempts, each in less memory than the one before."""
+    config, run, hardware = attempt.config, attempt.run, attempt.loaded.hardware
+    layers = len(blocks(attempt.loaded.model))
+    remember(config, run, fit)
     while True:
-        smaller = batch.smaller()
+        less = smaller(fit, layers, offload=hardware.device == "cuda")
         try:
-            return attempt(batch)
+            return attempt(fit)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            if smaller is None:
+            if less is None:
                 raise TrainingError(
-                    f"out of memory on {loaded.hardware.name}, with one sequence at a time",
+                    f"out of memory on {hardware.name}, with one sequence at a time",
                     hint="lower train.sequence_length, or use a smaller base or quantization: nf4",
                 ) from error
         # The exception held the frames, and they the tensors.
         _give_back_memory()
-        console.warn(
-            f"out of memory with micro batches of {batch.micro}; going on with {smaller}, which is the same step"
-        )
-        batch = smaller
-        run.update_manifest(micro_batch={"configured": config.train.micro_batch_size, "used": batch.micro})
+        attempt.console.warn(f"out of memory with {fit}; going on with {less}, which is the same step")
+        fit = less
+        remember(config, run, fit)
 
 
 def _give_back_memory() -> None:
@@ -99,6 +114,7 @@ class _Attempt:
     data: PreparedData
     loaded: LoadedModel
     """The model has its adapter."""
+    faster: Faster
     run: RunFolder
     console: Console
     stopper: Stopper
@@ -110,7 +126,7 @@ class _Attempt:
         self._initial: list[torch.Tensor] | None = None
         self._passed_over: list[str] = []
 
-    def __call__(self, batch: Batch) -> Trained:
+    def __call__(self, fit: Fit) -> Trained:
         run, console = self.run, self.console
         clear_leftovers(run.checkpoints)
         checkpoint, faults = newest_whole(run.checkpoints)
@@ -118,7 +134,8 @@ class _Attempt:
             if fault not in self._passed_over:
                 console.warn(fault)
                 self._passed_over.append(fault)
-        trainer = self._trainer(batch)
+        recompute_layers(self.loaded.model, fit.recomputed, offload=fit.offload)
+        trainer = self._trainer(fit)
         try:
             return self._train(trainer, checkpoint)
         finally:
@@ -151,21 +168,21 @@ class _Attempt:
         loss = float(losses[-1]) if losses and math.isfinite(losses[-1]) else None
         return Trained(self.loaded, state.global_step, time.monotonic() - began, memory_in_use(), loss)
 
-    def _trainer(self, batch: Batch) -> Trainer:
+    def _trainer(self, fit: Fit) -> Trainer:
         config, data = self.config, self.data
         held_out = data.held_out if config.evaluation.every and data.held_out else None
-        tokens_per_step = data.tokens / data.sequences * batch.micro * batch.accumulation
+        tokens_per_step = data.tokens / data.sequences * fit.micro_batch * fit.accumulation
         guard = GuardCallback(
             self.stopper,
-            longest(sequence_lengths(data), batch.micro),
-            longest(held_out.lengths, batch.micro) if held_out else [],
+            longest(sequence_lengths(data), fit.micro_batch),
+            longest(held_out.lengths, fit.micro_batch) if held_out else [],
         )
         guard.trainer = trainer = Trainer(
             model=self.loaded.model,
-            args=arguments(config, self.run, self.loaded.hardware, self._steps, batch),
+            args=arguments(config, self.run, self.loaded.hardware, self._steps, fit),
             train_dataset=to_dataset(data),
             eval_dataset=held_out_dataset(held_out) if held_out else None,
-            data_collator=Collator(data.store.row, data.tokenizer.pad_id),
+            data_collator=Collator(data.store.row, data.tokenizer.pad_id, self.faster.layout),
             processing_class=processing_class(data),
             callbacks=[
                 ProgressCallback(self.console, tokens_per_step),
@@ -175,6 +192,7 @@ class _Attempt:
             place=data.store.place,
             record=self._record,
             keep=config.train.keep_checkpoints,
+            own_head=self.faster.head,
         )
         return trainer
 

@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from transformers.trainer_callback import TrainerState
 from trl import SFTTrainer
 
+from finetune.data.store import IGNORED
 from finetune.errors import RunError, TrainingError
+from finetune.model.kernels.head import fused_loss
 from finetune.model.memory import is_out_of_memory
 from finetune.runs.files import write_json
 from finetune.train import checkpoints
@@ -35,15 +37,24 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     place     what shows where a row came from, by its number
     record    the fingerprint, which goes into every checkpoint
     keep      how many checkpoints are kept
+    own_head  whether loss and gradient of the output head are computed together (model/kernels/head.py)
     """
 
     def __init__(
-        self, *args: Any, place: Callable[[int], str], record: Mapping[str, Any], keep: int, **kwargs: Any
+        self,
+        *args: Any,
+        place: Callable[[int], str],
+        record: Mapping[str, Any],
+        keep: int,
+        own_head: bool,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._place, self._record, self._keep = place, record, keep
+        self._place, self._record, self._keep, self._own_head = place, record, keep, own_head
         self._losses: list[tuple[torch.Tensor, list[list[int]]]] = []
         """Of each micro batch of the step that is being taken: its loss, and the rows in its sequences."""
+        self._evaluated: list[tuple[float, int]] = []
+        """Of each batch of an evaluation: the sum of the loss, and of how many tokens."""
         self._skipped = 0
 
     # -- a step ---------------------------------------------------------------------------------------------------
@@ -56,9 +67,36 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self._losses.append((loss.detach(), rows))
         return loss
 
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if not self._own_head or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # The backbone is called without the wrapper around the whole model, which would have set the precision.
+        with self.accelerator.autocast():
+            # Not known yet when the longest batch is tried, and without a divisor a micro batch stands for itself.
+            steps = getattr(self, "current_gradient_accumulation_steps", 1) if num_items_in_batch is not None else 1
+            return fused_loss(self.model, inputs, num_items_in_batch, accumulation=steps)
+
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs.pop("rows", None)
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        tokens = int((inputs["labels"][..., 1:] != IGNORED).sum())
+        self._evaluated.append((float(found[0]) * tokens, tokens))
+        return found
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss is the mean over all tokens with loss. The library's is a mean of batches, whatever is in them."""
+        self._evaluated.clear()
+        output = super().evaluation_loop(*args, **kwargs)
+        if "eval_loss" in output.metrics:
+            total, tokens = (sum(parts) for parts in zip(*self._evaluated, strict=True))
+            output.metrics["eval_loss"] = total / max(tokens, 1)
+        return output
 
     def require_finite(self, step: int) -> None:
         """Raise TrainingError unless this step's losses and gradients are finite; to be called before the optimizer.

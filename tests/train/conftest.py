@@ -11,7 +11,10 @@ import pytest
 from finetune.config.schema import Config
 from finetune.console import Console
 from finetune.data.prepare import PreparedData, prepare
+from finetune.plan.estimate import as_written
+from finetune.plan.setup import Fit
 from finetune.runs.folder import RunFolder
+from finetune.train.length import remembered
 
 SAMPLES = Path(__file__).parents[2] / "data" / "samples"
 TINY = SAMPLES / "quickstart-base"
@@ -55,6 +58,11 @@ def console() -> Console:
 
 def prepared(config: Config) -> PreparedData:
     return prepare(config, Path(config.base))
+
+
+def fit_of(config: Config, run: RunFolder) -> Fit:
+    """How `ft train` cuts a step on a CPU."""
+    return remembered(config, run) or as_written(config, 99, "cpu")
 
 
 @pytest.fixture(scope="session")

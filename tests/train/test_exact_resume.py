@@ -20,7 +20,7 @@ from finetune.runs.folder import RunFolder
 from finetune.runs.log import logged
 from finetune.stopping import Stopped, Stopper
 from finetune.train.sft import train
-from tests.train.conftest import prepared, tiny_config
+from tests.train.conftest import fit_of, prepared, tiny_config
 
 
 class Killed(Exception):
@@ -70,7 +70,7 @@ def run_training(config: Config, run: RunFolder, stopper: Stopper | None = None)
     run.create()
     with logged(run.log):
         loaded = load_base(config, Path(config.base), detect())
-        train(config, prepared(config), loaded, run, Console(), stopper or Stopper(), {})
+        train(config, prepared(config), loaded, run, Console(), stopper or Stopper(), {}, fit_of(config, run))
 
 
 def adapter_of(run: RunFolder) -> dict[str, torch.Tensor]:

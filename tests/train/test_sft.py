@@ -21,13 +21,13 @@ from finetune.stopping import Stopper
 from finetune.train.checkpoints import SEAL, damage, newest_whole
 from finetune.train.length import steps_in_all
 from finetune.train.sft import Trained, train
-from tests.train.conftest import prepared, tiny_config
+from tests.train.conftest import fit_of, prepared, tiny_config
 
 
 def run_training(config: Config, run: RunFolder, stopper: Stopper | None = None) -> Trained:
     with logged(run.log):
         loaded = load_base(config, Path(config.base), detect())
-        return train(config, prepared(config), loaded, run, Console(), stopper or Stopper(), {})
+        return train(config, prepared(config), loaded, run, Console(), stopper or Stopper(), {}, fit_of(config, run))
 
 
 def adapter_of(run: RunFolder) -> dict[str, torch.Tensor]:

@@ -1,0 +1,139 @@
+"""How fast training is on a CPU: `ft train` against TRL's own command line, on the same work.
+
+    .venv/bin/python -m benchmarks.train --rounds 3
+    .venv/bin/python -m benchmarks.train --quick          does everything run?
+
+A random Llama of 25 million parameters, 2,000 chat rows, LoRA of rank 16 on all linear layers, in float32; base plain
+and in nf4, padded and packed, with and without recomputation. Whole processes in alternating order; ratios are medians
+of the rounds. Both print a line a step: seconds a step are those between the first line and the last.
+
+What differs, and cannot be made the same from outside: the order of the rows and the adapter's first values, so that
+losses are compared by their mean over all steps; TRL counts the line feed after the answer's end as answer (one token
+a row; tokens with loss are counted as ours for both); TRL keeps an nf4 model's adapter in bfloat16, we in float32.
+Writes benchmarks/results/train.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import jobs
+from benchmarks.jobs import Job, Steps
+from benchmarks.measuring import RESULTS, Failed, about, in_turn, last_words, medians, ratio, run, table, write
+
+CASES: dict[str, Job] = {
+    "float32, padded": Job(steps=20, micro_batch=8, length=256),
+    "float32, packed": Job(steps=20, micro_batch=2, length=512, packing=True),
+    "float32, padded, recomputed": Job(steps=20, micro_batch=8, length=256, recompute=True),
+    "nf4, padded": Job(steps=20, micro_batch=8, length=256, quantization="nf4"),
+    "nf4, packed": Job(steps=20, micro_batch=2, length=512, packing=True, quantization="nf4"),
+}
+
+QUICK_STEPS = 3
+
+
+class Measured:
+    """One case: both ways, and what their steps said."""
+
+    def __init__(self, job: Job, folder: Path, base: Path) -> None:
+        self._job, self._folder, self._base = job, folder, base
+        self.losses: dict[str, list[float]] = {}
+        self._data: dict[str, Any] = {}
+
+    def ours(self) -> dict[str, float]:
+        ended = run(jobs.ours(self._job, self._folder, self._base), self._folder)
+        steps = self._steps("ours", jobs.steps_of_ours(ended.lines), ended.code, jobs.error_of_ours(ended.lines))
+        self._data = jobs.data_of_ours(ended.lines)
+        per_sequence = self._data["tokens"] / self._data["sequences"]
+        return self._numbers(ended, steps, per_sequence * self._job.micro_batch)
+
+    def trl(self) -> dict[str, float]:
+        ended = run(jobs.trl(self._job, self._folder, self._base), self._folder)
+        steps = self._steps("trl", jobs.steps_of_trl(ended.lines), ended.code)
+        if not self._data or not steps.tokens:
+            raise Failed("TRL did not say how many tokens it trained on, or ft has not run")
+        return self._numbers(ended, steps, (steps.tokens[-1] - steps.tokens[0]) / (len(steps.tokens) - 1))
+
+    def _steps(self, name: str, steps: Steps, code: int, why: str = "") -> Steps:
+        if code or len(steps.losses) < 2:
+            raise Failed(f"exit code {code}, {len(steps.losses)} steps: {why or last_words(self._folder)}")
+        self.losses[name] = steps.losses
+        return steps
+
+    def _numbers(self, ended: Any, steps: Steps, tokens_per_step: float) -> dict[str, float]:
+        """`tokens_per_step` counts all tokens, padding left out; the share with loss is that of the data."""
+        with_loss = self._data["supervised_tokens"] / self._data["tokens"]
+        return {
+            "wall_s": ended.wall,
+            "cpu_s": ended.cpu,
+            "peak_mb": ended.peak_mb,
+            "first_step_s": steps.times[0],
+            "step_s": steps.seconds,
+            "loss_tokens_per_s": tokens_per_step * with_loss / steps.seconds,
+        }
+
+
+def measure(name: str, job: Job, rounds: int, shape: str) -> dict[str, Any]:
+    """All rounds of one case."""
+    print(f"-- {name}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        jobs.write_base(folder / "base", shape)
+        jobs.write_rows(folder)
+        case = Measured(job, folder, folder / "base")
+        measured, failed = in_turn({"ours": case.ours, "trl": case.trl}, rounds)
+    result: dict[str, Any] = {"case": name, "shape": shape, "steps": job.steps, "rounds": rounds, "failed": failed}
+    for way in ("ours", "trl"):
+        result[way] = medians(measured, way)
+    result["ours / trl"] = {
+        key: ratio(measured, "ours", "trl", key) for key in ("wall_s", "step_s", "loss_tokens_per_s", "peak_mb")
+    }
+    result["losses"] = case.losses
+    result["mean_loss"] = {way: statistics.fmean(losses) for way, losses in case.losses.items()}
+    return result
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for one in results:
+        ours, trl, over = one["ours"], one["trl"], one["ours / trl"]
+        losses = (one["mean_loss"].get("ours"), one["mean_loss"].get("trl"))
+        ratios = (over["wall_s"], over["loss_tokens_per_s"], over["peak_mb"])
+        rows.append([one["case"], ours.get("step_s"), trl.get("step_s"), *ratios, *losses])
+    header = ["case", "s a step", "TRL's", "wall / TRL's", "tokens with loss a second / TRL's", "peak memory / TRL's"]
+    return table([*header, "mean loss", "TRL's"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--quick", action="store_true", help="a tiny model, three steps, one round; nothing is kept")
+    parser.add_argument("--out", type=Path, default=RESULTS / "train.json")
+    chosen = parser.parse_args()
+    results = []
+    for name in chosen.cases:
+        job, rounds, shape = CASES[name], chosen.rounds, "25m"
+        if chosen.quick:
+            job, rounds, shape = _shortened(job), 1, "1m"
+        results.append(measure(name, job, rounds, shape))
+        if not chosen.quick:
+            write({**about(), "cases": results}, chosen.out)
+    print(summary(results))
+    if any(one["failed"] for one in results):
+        raise SystemExit("some could not be measured: see above")
+
+
+def _shortened(job: Job) -> Job:
+    import dataclasses
+
+    return dataclasses.replace(job, steps=QUICK_STEPS)
+
+
+if __name__ == "__main__":
+    main()
