@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import BaseError, MissingExtraError
+from finetune.model.families import quantisable_class
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,7 @@ def quantised_modules(config: Mapping[str, Any]) -> frozenset[str]:
     _bitsandbytes()
     import torch
     from bitsandbytes.nn import Linear4bit
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, BitsAndBytesConfig
     from transformers.integrations import replace_with_bnb_linear
     from transformers.quantizers.base import HfQuantizer
 
@@ -50,7 +51,8 @@ def quantised_modules(config: Mapping[str, Any]) -> frozenset[str]:
     try:
         known = AutoConfig.for_model(**values)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(known)
+            model_class = quantisable_class(known)
+            model = getattr(model_class, "from_config", model_class)(known)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BaseError(f"`model_type` {config.get('model_type')!r} cannot be loaded: {error}") from error
     skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)

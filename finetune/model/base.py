@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config.schema import Config
 from finetune.errors import BaseError, TrainingError
+from finetune.model.families import quantisable_class
 from finetune.model.hardware import Hardware
 from finetune.model.memory import is_out_of_memory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,17 @@ def load_base(config: Config, folder: Path, hardware: Hardware) -> LoadedModel:
     nf4 means: 4-bit NormalFloat with double quantisation (arXiv 2305.14314), computing in the hardware's own dtype;
     the library's defaults are fp4, float32 and no double quantisation. Nothing in the folder is executed.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        described = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        quantised = config.quantization != "none"
+        model = (quantisable_class(described) if quantised else AutoModelForCausalLM).from_pretrained(
             str(folder),
             dtype=hardware.torch_dtype(),
             quantization_config=_quantization(config, hardware),
             device_map={"": 0 if hardware.device == "cuda" else "cpu"},
-            attn_implementation=_attention(folder),
+            attn_implementation=_attention(described),
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
@@ -60,14 +63,13 @@ def load_base(config: Config, folder: Path, hardware: Hardware) -> LoadedModel:
     return LoadedModel(model, hardware)
 
 
-def _attention(folder: Path) -> str:
+def _attention(config: PretrainedConfig) -> str:
     """torch's fused attention, or the model's own where that cannot do what the model needs (Gemma 2 caps its scores).
 
     Both keep packed rows apart (tests/train/test_batches.py).
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     return "sdpa" if model_class is None or model_class._supports_sdpa else "eager"
 

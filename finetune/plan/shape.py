@@ -249,8 +249,8 @@ def _gpt_neox(facts: Facts, model_type: str) -> Shape:
 def _falcon(facts: Facts, model_type: str) -> Shape:
     """Falcon 7B, 40B, 180B and Falcon 2 (modeling_falcon.py). Falcon 3 is a Llama.
 
-    Its linear layers are a class of their own (`FalconLinear`), which bitsandbytes passes over (see `_experts`): with
-    `quantization: nf4` this base still takes 16 bit a parameter. Seen on a model built small.
+    Its linear layers are a class of their own (`FalconLinear`), which bitsandbytes would pass over: they are plain ones
+    when the base is loaded quantised (model/families.py).
     """
     hidden = facts.number("n_embed") if facts.get("n_embed") is not None else facts.number("hidden_size")
     heads, bias = facts.number("num_attention_heads"), facts.flag("bias")
@@ -270,7 +270,7 @@ def _falcon(facts: Facts, model_type: str) -> Shape:
         ("dense_h_to_4h", hidden, intermediate),
         ("dense_4h_to_h", intermediate, hidden),
     )
-    linears = tuple(Linear(name, inputs, outputs, bias, quantized=False) for name, inputs, outputs in shapes)
+    linears = tuple(Linear(name, inputs, outputs, bias) for name, inputs, outputs in shapes)
     two_norms = not parallel or facts.number("num_ln_in_parallel_attn", 2 if new else 1) == 2
     return Shape(
         model_type=model_type,

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune.evaluate import compare
+from finetune.model.families import quantisable_class
 from finetune.model.kernels import head as head_kernel
 from finetune.model.kernels.apply import apply
 from finetune.model.recompute import recompute_layers
@@ -67,7 +68,7 @@ def build(setup: Setup, folder: Path | None = None) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-        model = AutoModelForCausalLM.from_pretrained(
+        model = quantisable_class(config).from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, quantization_config=nf4, device_map={"": "cpu"}
         )
         for module in model.modules():
