@@ -43,6 +43,8 @@ audit:
 docs: $(VENV)/.ready-dev
 	$(BIN)/python -c "from finetune.config.reference import reference_page; print(reference_page(), end='')" > docs/config.md
 	$(FT) config schema > finetune/config/config.schema.json
+	$(BIN)/python -m scripts.recipes
+	$(BIN)/python -m benchmarks.performance
 	$(BIN)/python -m pytest --collect-only -qq --reliability=docs/reliability.md > /dev/null
 
 # torch comes first and by itself: the same version has CPU and CUDA builds, so the lock cannot hold its hash.
