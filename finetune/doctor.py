@@ -17,6 +17,7 @@ from finetune.runs.manifest import LIBRARIES
 EXTRAS = {
     "gguf": ("gguf", "GGUF export", 'pip install "finetune[gguf]"'),
     "xllamacpp": ("xllamacpp", "answering from a GGUF file", 'pip install "finetune[gguf]"'),
+    "liger_kernel": ("liger_kernel", "fused kernels for a GPU (speed.fused)", 'pip install "finetune[fast]"'),
     "wandb": ("wandb", "tracking: wandb", 'pip install "finetune[wandb]"'),
 }
 

@@ -255,10 +255,11 @@ def _train_and_evaluate(
     console.say(f"training: {steps_in_all(config, data):,} steps of {fit}")
     try_longest(data, loaded)
     trained = run_training(config, data, loaded, run, console, stopper, base_files, fit)
-    estimated = f" (estimated {size(plan.memory)})" if plan.memory is not None else ""
+    time_planned = f" (estimated {duration(plan.estimate.seconds)})" if plan.estimate is not None else ""
+    memory_planned = f" (estimated {size(plan.memory)})" if plan.memory is not None else ""
     console.say(
-        f"trained {trained.steps:,} steps in {duration(trained.seconds)}, "
-        f"peak memory {size(trained.peak_memory)}{estimated}"
+        f"trained {trained.steps:,} steps in {duration(trained.seconds)}{time_planned}, "
+        f"peak memory {size(trained.peak_memory)}{memory_planned}"
     )
     with console.progress("evaluating") as progress:
         comparison = compare(config, data, trained.loaded, lambda what, done, total: progress.update(done, what))

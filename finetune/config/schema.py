@@ -304,6 +304,13 @@ def ineffective_keys(config: Config) -> dict[str, str]:
         found["evaluation.max_new_tokens"] = "nothing is generated: metric is none and samples is 0"
     if config.train.max_steps is not None:
         found["train.epochs"] = "train.max_steps decides when training ends"
+    if config.speed.compile:
+        for key in ("fused", "lora"):
+            found[f"speed.{key}"] = "speed.compile puts the compiler in their place"
+    elif config.lora.dropout > 0:
+        found["speed.lora"] = "lora.dropout is not 0, and only PEFT's own linear has dropout"
+    if config.train.gradient_checkpointing in (False, 0):
+        found["train.offload"] = "train.gradient_checkpointing is off, so there is nothing to offload"
     if is_local_base(config.base):
         found["revision"] = "base is a local folder, which has no revisions"
     for index, source in enumerate(config.data):
