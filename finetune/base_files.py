@@ -17,6 +17,8 @@ from finetune.safetensors_heads import folder_tensors
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "README.md"]
 WEIGHT_FILES = [*SMALL_FILES, "*.safetensors"]
+NOT_OURS = ["consolidated*", "original/*"]
+"""The same weights once more, in their maker's own format (Mistral, Llama): gigabytes that nothing here reads."""
 
 
 def small_files(config: Config) -> Path:
@@ -83,7 +85,9 @@ def _folder(config: Config, patterns: list[str]) -> Path:
     )
 
     try:
-        return Path(snapshot_download(config.base, revision=config.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(config.base, revision=config.revision, allow_patterns=patterns, ignore_patterns=NOT_OURS)
+        )
     except GatedRepoError as error:
         raise BaseError(
             "access to this model must be granted first",
