@@ -31,7 +31,8 @@ class Expected:
     """How a step is cut; None where the plan does not know the base, and it is cut as it is written."""
     why: str
     memory: int | None
-    """Bytes at the peak of the training: of a GPU, or of this process where there is none. None: not known."""
+    """Bytes at the peak of the training, as they are measured: tensors on a GPU (CUDA's context comes on top), or all
+    of this process where there is none. None: not known."""
     estimate: Estimate | None
     """All that `ft plan` says; None on a CPU, which it does not time."""
 
@@ -89,8 +90,9 @@ def expected(
         fit, why = written, "as written"
     setup = cut_as(setup, fit)
     plan = None if card is None else estimate(config, setup, amount, card, stored_bytes=2, here=True)
-    memory = training_memory(setup).total + (LIBRARIES if card is None else 0)
-    return Expected(fit, why, memory, plan)
+    memory = training_memory(setup)
+    measurable = memory.total - memory.context + (LIBRARIES if card is None else 0)
+    return Expected(fit, why, measurable, plan)
 
 
 def _card(hardware: Hardware) -> Card:

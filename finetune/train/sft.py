@@ -135,6 +135,8 @@ class _Attempt:
                 console.warn(fault)
                 self._passed_over.append(fault)
         recompute_layers(self.loaded.model, fit.recomputed, offload=fit.offload)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # loading, and attempts that failed, are not the training's peak
         trainer = self._trainer(fit)
         try:
             return self._train(trainer, checkpoint)
