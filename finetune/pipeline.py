@@ -245,16 +245,16 @@ def _train_and_evaluate(
         "compute": hardware.dtype_reason,
         "quantization": config.quantization,
         "optimizer": why_optimizer,
-        "step": f"{fit}; {plan.why}",
     }
-    run.update_manifest(choices=choices, plan=plan.as_dict())
+    planned = {name: part for name, part in plan.as_dict().items() if name != "why"}  # that is in `fit`
+    run.update_manifest(choices=choices, plan=planned)
     console.say(
         f"loaded in {duration(time.monotonic() - began)}: {config.quantization} on {hardware.name}, {optimizer}"
     )
     console.say(f"      compute: {hardware.dtype_reason}")
     console.say(f"training: {steps_in_all(config, data):,} steps of {fit}")
     try_longest(data, loaded)
-    trained = run_training(config, data, loaded, run, console, stopper, base_files, fit)
+    trained = run_training(config, data, loaded, run, console, stopper, base_files, fit, plan.why)
     time_planned = f" (estimated {duration(plan.estimate.seconds)})" if plan.estimate is not None else ""
     memory_planned = f" (estimated {size(plan.memory)})" if plan.memory is not None else ""
     console.say(

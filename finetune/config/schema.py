@@ -309,6 +309,8 @@ def ineffective_keys(config: Config) -> dict[str, str]:
             found[f"speed.{key}"] = "speed.compile puts the compiler in their place"
     elif config.lora.dropout > 0:
         found["speed.lora"] = "lora.dropout is not 0, and only PEFT's own linear has dropout"
+    if config.speed.compile and config.train.offload is True:
+        found["train.offload"] = "speed.compile does not look into layers whose inputs are elsewhere"
     if config.train.gradient_checkpointing in (False, 0):
         found["train.offload"] = "train.gradient_checkpointing is off, so there is nothing to offload"
     if is_local_base(config.base):

@@ -54,9 +54,10 @@ def remembered(config: Config, run: RunFolder) -> Fit | None:
     return fit if same and fit.micro_batch > 0 and fit.recomputed >= 0 else None
 
 
-def remember(config: Config, run: RunFolder, fit: Fit) -> None:
-    """Keep in the manifest how the step is cut."""
-    run.update_manifest(fit={"configured": _wishes(config), "used": asdict(fit)})
+def remember(config: Config, run: RunFolder, fit: Fit, why: str) -> None:
+    """Keep in the manifest how the step is cut, and why; what is known of it already stays."""
+    if remembered(config, run) != fit:
+        run.update_manifest(fit={"configured": _wishes(config), "used": asdict(fit), "why": why})
 
 
 def _wishes(config: Config) -> dict[str, Any]:

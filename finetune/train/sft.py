@@ -54,12 +54,13 @@ def train(
     stopper: Stopper,
     base_files: Mapping[str, str],
     fit: Fit,
+    why: str = "as written",
 ) -> Trained:
     """Train, going on from the newest whole checkpoint if there is one, and save the adapter.
 
     Where memory does not suffice, it is tried again with the same steps cut smaller.
 
-    fit         how a step is cut at first
+    fit, why    how a step is cut at first, and the reason
     base_files  the hashes that tell the base from others (`export.base_identity`), for the checkpoints
 
     Raises TrainingError for a loss that is not finite, or memory that does not suffice for one sequence; `Stopped` at
@@ -69,19 +70,23 @@ def train(
     loaded = LoadedModel(model, loaded.hardware)
     faster = make_faster(config, loaded, packed=data.packs is not None)
     run.update_manifest(speed=faster.reasons)
+    for what, why_so in faster.reasons.items():
+        console.say(f"      {what}: {why_so}")
     try:
-        return _train_fitting(_Attempt(config, data, loaded, faster, run, console, stopper, base_files), fit)
+        return _train_fitting(_Attempt(config, data, loaded, faster, run, console, stopper, base_files), fit, why)
     finally:
         faster.restore()
 
 
-def _train_fitting(attempt: _Attempt, fit: Fit) -> Trained:
+def _train_fitting(attempt: _Attempt, fit: Fit, why: str) -> Trained:
     """Attempts, each in less memory than the one before."""
     config, run, hardware = attempt.config, attempt.run, attempt.loaded.hardware
     layers = len(blocks(attempt.loaded.model))
-    remember(config, run, fit)
+    # The compiler does not look into layers whose inputs are elsewhere.
+    offload = hardware.device == "cuda" and not config.speed.compile
     while True:
-        less = smaller(fit, layers, offload=hardware.device == "cuda")
+        remember(config, run, fit, why)
+        less = smaller(fit, layers, offload=offload)
         try:
             return attempt(fit)
         except Exception as error:
@@ -95,8 +100,7 @@ def _train_fitting(attempt: _Attempt, fit: Fit) -> Trained:
         # The exception held the frames, and they the tensors.
         _give_back_memory()
         attempt.console.warn(f"out of memory with {fit}; going on with {less}, which is the same step")
-        fit = less
-        remember(config, run, fit)
+        fit, why = less, f"memory ran out with {fit}"
 
 
 def _give_back_memory() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from finetune.config.schema import Config
+from finetune.errors import ConfigError
 from finetune.model.base import LoadedModel
 from finetune.model.kernels.apply import apply
 from finetune.model.kernels.attention import use_varlen
@@ -51,6 +52,10 @@ def make_faster(config: Config, loaded: LoadedModel, *, packed: bool) -> Faster:
     if layout == "line":
         use_varlen(model)
         undo.append(lambda: use_varlen(model, False))
+    elif speed.attention == "varlen":
+        raise ConfigError(
+            f"speed.attention: varlen is not possible: {reasons['attention']}", hint="leave it out: auto takes what is"
+        )
 
     head, why = supports_head(model) if speed.head else (False, "as configured")
     reasons["head"] = f"{'loss and gradient together' if head else 'as TRL computes it'}: {why}"
@@ -65,6 +70,11 @@ def make_faster(config: Config, loaded: LoadedModel, *, packed: bool) -> Faster:
         applied = apply(model, lora=speed.lora, fused=speed.fused is not False, device=device)
         undo.append(applied.restore)
         reasons["layers"] = applied.account()
+        if speed.fused is True and not applied.norms + applied.swiglus + applied.rotaries:
+            raise ConfigError(
+                f"speed.fused: nothing of this model can be fused: {reasons['layers']}",
+                hint="leave it out: auto takes what there is",
+            )
     return Faster(model, layout, head, reasons, undo)
 
 

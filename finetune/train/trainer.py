@@ -49,6 +49,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         own_head: bool,
         **kwargs: Any,
     ) -> None:
+        self._borrowed = _Borrowed(kwargs["model"])
         super().__init__(*args, **kwargs)
         self._place, self._record, self._keep, self._own_head = place, record, keep, own_head
         self._losses: list[tuple[torch.Tensor, list[list[int]]]] = []
@@ -84,7 +85,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs.pop("rows", None)
-        found = super().prediction_step(model, inputs, *args, **kwargs)
+        # What balances a mixture's experts in training is no part of how well the model answers.
+        balancing: bool = self.aux_loss_enabled
+        self.aux_loss_enabled: bool = False
+        try:
+            found = super().prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            self.aux_loss_enabled = balancing
         tokens = int((inputs["labels"][..., 1:] != IGNORED).sum())
         self._evaluated.append((float(found[0]) * tokens, tokens))
         return found
@@ -108,7 +115,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         values = torch.stack([loss for loss, _ in losses]) if losses else torch.zeros(1)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients)) if gradients else values
-        finite_losses, finite_norms = bool(torch.isfinite(values).all()), bool(torch.isfinite(norms).all())
+        finite_losses, finite_norms = torch.stack([values.isfinite().all(), norms.isfinite().all()]).tolist()
         self._skipped = 0 if finite_norms else self._skipped + 1
         if finite_losses and (finite_norms or (self.args.fp16 and self._skipped < MAX_SKIPPED)):
             return
@@ -126,8 +133,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             if training:
                 inputs = self.data_collator([self.train_dataset[number] for number in training])
                 items = self._get_num_items_in_batch([inputs], self.args.device)
-                # AdamW's two states are made in the first step, when the activations are gone already: nothing to try.
+                later = self._later_bytes()
                 self.training_step(self.model_wrapped, inputs, items)
+                del later
                 self.model.zero_grad()
                 self._losses.clear()
             if held_out:
@@ -138,6 +146,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         for metrics in self._metrics.values():
             metrics.clear()
         self._total_train_tokens = 0
+
+    def _later_bytes(self) -> torch.Tensor:
+        """As much memory as the optimizer's state and the gradients of earlier micro batches take from step 2 on."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        count = sum(parameter.numel() for parameter in trained)
+        state = 0 if self.optimizer.state else count * (2 if "8bit" in str(self.args.optim) else 8)
+        gradients = 4 * count if self.args.gradient_accumulation_steps > 1 else 0
+        return torch.empty(state + gradients, dtype=torch.uint8, device=self.args.device)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the library does it, but without a trace in the random numbers, and it can be broken off.
@@ -154,13 +170,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return found
 
     def let_go(self) -> None:
-        """Drop the optimizer and its state; the model stays. Callbacks and trainer refer to each other for ever."""
+        """Drop the optimizer and its state; the model stays, as it was given. Callbacks and trainer refer to each other
+        for ever."""
         self.model.zero_grad(set_to_none=True)
         self.optimizer: Any = None
         self.lr_scheduler: Any = None
         self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
         self.accelerator.free_memory()
         self._losses.clear()
+        self._borrowed.give_back()
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -231,6 +249,33 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _unreadable(checkpoint):
             super()._load_rng_state(checkpoint)
+
+
+class _Borrowed:
+    """What accelerate and TRL change on a model, to be put back: whoever has it next would else compute otherwise.
+
+    accelerate wraps its forward in mixed precision with results in float32; TRL gives it another head, and lets the
+    routers of a mixture report.
+    """
+
+    MARKS = ("_is_accelerate_prepared", "_original_forward")
+
+    def __init__(self, model: Any) -> None:
+        self._config = model.config.get_text_config()
+        self._routers = getattr(self._config, "output_router_logits", None)
+        self._owners = (model, model.get_base_model())
+        self._forwards = [vars(owner).get("forward") for owner in self._owners]
+
+    def give_back(self) -> None:
+        for owner, forward in zip(self._owners, self._forwards, strict=True):
+            if forward is None:
+                vars(owner).pop("forward", None)
+            else:
+                owner.forward = forward
+            for mark in self.MARKS:
+                vars(owner).pop(mark, None)
+        if self._routers is not None:
+            self._config.output_router_logits = self._routers
 
 
 @contextlib.contextmanager

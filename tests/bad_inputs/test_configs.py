@@ -12,8 +12,8 @@ from .made import LFS_POINTER
 
 GOOD = "base: ./base\ndata:\n  - path: rows.jsonl\n"
 KNOWN = (
-    "known here: base, revision, chat_template, data, evaluation, quantization, lora, train, private_data, tracking, "
-    "extends"
+    "known here: base, revision, chat_template, data, evaluation, quantization, lora, train, speed, private_data, "
+    "tracking, extends"
 )
 NOT_YAML = "check the indentation, the quotes and the colons around that line"
 TEXT_FILE = "a config is a YAML text file"

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.console import Console
-from finetune.model.adapter import add_adapter
+from finetune.errors import ConfigError
+from finetune.evaluate.compare import held_out_loss
+from finetune.model.adapter import add_adapter, load_adapter
 from finetune.model.base import LoadedModel, load_base
 from finetune.model.hardware import Hardware, detect
 from finetune.model.recompute import blocks
@@ -78,6 +80,20 @@ def test_what_was_done_is_in_the_manifest(tmp_path: Path, plain: dict[str, RunFo
     assert "14 LoRA linears" in said["layers"]
 
 
+@pytest.mark.parametrize("family", ["Gemma2", "Falcon"])
+def test_varlen_that_cannot_be_had_is_an_error_where_it_is_asked_for(tmp_path: Path, family: str) -> None:
+    import transformers
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    described = getattr(transformers, f"{family}Config")(vocab_size=64, **shape)
+    config = tiny_config(tmp_path, speed={"attention": "varlen"})
+    model = transformers.AutoModelForCausalLM.from_config(described)
+    loaded = LoadedModel(add_adapter(config, LoadedModel(model, detect())), detect())
+    with pytest.raises(ConfigError, match=r"speed\.attention: varlen is not possible: ") as caught:
+        make_faster(config, loaded, packed=False)
+    assert described.model_type in str(caught.value)
+
+
 def test_afterwards_the_model_is_as_it_was(tmp_path: Path, tiny_base: Path) -> None:
     config = tiny_config(tmp_path, base=str(tiny_base))
     loaded = load_base(config, tiny_base, detect())
@@ -132,11 +148,46 @@ def test_in_16_bit_only_the_adapter_is_wider(tmp_path: Path, tiny_base: Path, qu
     assert all(loss == pytest.approx(losses(run)[0], rel=0.2) for loss in losses(run))
 
 
+def test_in_16_bit_the_trained_model_is_evaluated_as_it_will_be_from_disk(tmp_path: Path, tiny_base: Path) -> None:
+    """The trainer's mixed precision is gone, and whatever it had put around the model, also after a second attempt."""
+    config = tiny_config(tmp_path, base=str(tiny_base), quantization="none")
+    hardware = BfloatOnCpu("cpu", "a CPU", 2**34, True)
+    loaded = load_base(config, tiny_base, hardware)
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    ran_out: list[int] = []
+
+    def run_out_once(module: torch.nn.Module, args: Any) -> None:
+        if module.training and not ran_out:
+            ran_out.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    hook = blocks(loaded.model)[0].register_forward_pre_hook(run_out_once)
+    data = prepared(config)
+    with logged(run.log):
+        trained = train(config, data, loaded, run, Console(), Stopper(), {}, fit_of(config, run)).loaded.model
+    hook.remove()
+    assert ran_out
+    fresh = load_adapter(load_base(config, tiny_base, hardware), run.adapter)
+    ids = torch.tensor([data.held_out[0].ids.tolist()])
+    with torch.inference_mode():
+        ours, theirs = trained(input_ids=ids).logits, fresh(input_ids=ids).logits
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert torch.equal(ours, theirs)
+    losses = [
+        held_out_loss(one, data.held_out, data.tokenizer.pad_id, lambda done, all_: None) for one in (trained, fresh)
+    ]
+    assert losses[0] == losses[1]
+
+
 def test_how_a_step_was_cut_is_remembered_until_another_cut_is_configured(tmp_path: Path, run: RunFolder) -> None:
     config = tiny_config(tmp_path)
     fit = replace(fit_of(config, run), micro_batch=1, accumulation=4, recomputed=1)
     assert remembered(config, run) is None
-    remember(config, run, fit)
+    remember(config, run, fit, "a test")
+    assert json.loads(run.manifest.read_text())["fit"]["why"] == "a test"
+    remember(config, run, fit, "as before in this run")
+    assert json.loads(run.manifest.read_text())["fit"]["why"] == "a test"
     assert remembered(config, run) == fit
     other = tiny_config(tmp_path, train={"gradient_checkpointing": True})
     assert remembered(other, run) is None

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from finetune.config.schema import Config
 from finetune.console import Console
 from finetune.errors import RunError, StorageError, TrainingError
+from finetune.evaluate.compare import held_out_loss
 from finetune.model.base import LoadedModel, load_base
 from finetune.model.hardware import detect
 from finetune.plan.setup import Fit
@@ -113,7 +114,7 @@ def test_what_memory_allowed_is_remembered_when_the_run_goes_on(tmp_path: Path, 
     config = small(tmp_path, tiny_base, train={"micro_batch_size": 4, "gradient_accumulation_steps": 1})
     run = RunFolder(tmp_path / "run")
     run.create()
-    remember(config, run, Fit(micro_batch=2, accumulation=2, recomputed=1, offload=False))
+    remember(config, run, Fit(micro_batch=2, accumulation=2, recomputed=1, offload=False), "a test")
     watch = MemoryFor(2)
     start(config, run, watch)
     assert watch.calls == 1 + 4 * 2  # the longest batch, and two micro batches a step
@@ -142,6 +143,53 @@ def test_the_longest_batch_comes_first_in_training_and_in_evaluation(tmp_path: P
     assert [training for training, _ in widths[:2]] == [True, False]
     assert widths[0][1] == max(width for training, width in widths if training)
     assert widths[1][1] == max(width for training, width in widths if not training)
+
+
+def test_the_longest_batch_is_tried_beside_all_that_a_later_step_has(tmp_path: Path, tiny_base: Path) -> None:
+    """AdamW's state (8 bytes a parameter) and the gradients of earlier micro batches (4) exist from step 2 on."""
+    import gc
+
+    beside: list[int] = []
+
+    def look(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training and not beside:
+            kept = (one for one in gc.get_objects() if type(one) is torch.Tensor and one.dtype == torch.uint8)
+            beside.append(max((tensor.numel() for tensor in kept if tensor.dim() == 1), default=0))
+
+    loaded = start(small(tmp_path, tiny_base), RunFolder(tmp_path / "run"), look)
+    trained = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
+    assert beside == [12 * trained]
+
+
+def test_the_loss_on_held_out_rows_has_no_part_that_balances_experts(tmp_path: Path, tiny_base: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    base = tmp_path / "mixtral"
+    described = json.loads((tiny_base / "config.json").read_text())
+    torch.manual_seed(0)
+    mixtral = MixtralConfig(
+        vocab_size=described["vocab_size"],
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        router_aux_loss_coef=5.0,  # so large that it cannot be overlooked
+    )
+    MixtralForCausalLM(mixtral).save_pretrained(base)
+    for path in tiny_base.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            (base / path.name).write_bytes(path.read_bytes())
+    for head in (True, False):
+        config = small(tmp_path, base, evaluation={"split": 4, "every": 4, "samples": 0}, speed={"head": head})
+        run = RunFolder(tmp_path / f"run-{head}")
+        loaded = start(config, run)
+        data = prepared(config)
+        expected, _ = held_out_loss(loaded.model, data.held_out, data.tokenizer.pad_id, lambda done, total: None)
+        found = [json.loads(line).get("eval_loss") for line in run.metrics.read_text().splitlines()]
+        assert found[-1] == pytest.approx(expected, rel=1e-4)
+        assert not loaded.model.config.output_router_logits
 
 
 def test_trying_the_longest_batch_leaves_no_trace_in_what_is_trained(tmp_path: Path, tiny_base: Path) -> None:
@@ -266,8 +314,6 @@ def test_room_for_the_checkpoints_is_asked_for_before_the_first_step(
 def test_evaluation_keeps_no_logits(tmp_path: Path, tiny_base: Path) -> None:
     """In training and at its end: of all outputs, no more than the last two are alive when the next one is made."""
     import weakref
-
-    from finetune.evaluate.compare import held_out_loss
 
     config = small(tmp_path, tiny_base, evaluation={"split": 12, "every": 1, "samples": 0}, train={"max_steps": 1})
     outputs: list[weakref.ref[torch.Tensor]] = []
