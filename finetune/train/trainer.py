@@ -57,6 +57,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self._evaluated: list[tuple[float, int]] = []
         """Of each batch of an evaluation: the sum of the loss, and of how many tokens."""
         self._skipped = 0
+        self._forget_scores()
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -81,7 +82,27 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         with self.accelerator.autocast():
             # Not known yet when the longest batch is tried, and without a divisor a micro batch stands for itself.
             steps = getattr(self, "current_gradient_accumulation_steps", 1) if num_items_in_batch is not None else 1
-            return fused_loss(self.model, inputs, num_items_in_batch, accumulation=steps)
+            if not self.model.training:
+                return fused_loss(self.model, inputs, num_items_in_batch, accumulation=steps)
+            self._scored += (inputs["labels"][..., 1:] != IGNORED).sum()
+            return fused_loss(
+                self.model, inputs, num_items_in_batch, accumulation=steps, correct=self._scored_correctly
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL logs, with the share of tokens of which the right one was the likeliest since the last time."""
+        if self._own_head and self.model.training:
+            scored = int(self._scored)
+            if scored:
+                logs["mean_token_accuracy"] = int(self._scored_correctly) / scored
+            self._forget_scores()
+        super().log(logs, start_time)
+
+    def _forget_scores(self) -> None:
+        """Counted on the device, so that nobody waits for it in a step."""
+        self._scored, self._scored_correctly = (
+            torch.zeros((), dtype=torch.int64, device=self.args.device) for _ in range(2)
+        )
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs.pop("rows", None)
@@ -145,6 +166,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 self.model.train()
         for metrics in self._metrics.values():
             metrics.clear()
+        self._forget_scores()
         self._total_train_tokens = 0
 
     def _later_bytes(self) -> torch.Tensor:
