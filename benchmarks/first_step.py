@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -109,7 +110,7 @@ def main() -> None:
     result: dict[str, Any] = {**about(), "job": dataclasses.asdict(JOB), "rounds": len(rounds), "failed": failed}
     result["ways"] = {name: medians(rounds, name) for name in ways if name not in failed}
     firsts = [one["ft"]["first_step_s"] / one["bare"]["wall_s"] for one in rounds if "ft" in one and "bare" in one]
-    result["first_step / bare"] = sorted(firsts)[len(firsts) // 2] if firsts else None
+    result["first_step / bare"] = statistics.median(firsts) if firsts else None
     result["wall of ft / others"] = {
         name: ratio(rounds, "ft", name, "wall_s") for name in ways if name not in ("ft", "bare")
     }
@@ -124,10 +125,12 @@ def main() -> None:
         )
     )
     print(f"first step / bare: {result['first_step / bare']}")
-    for name, why in failed.items():
-        print(f"{name}: {why}")
+    for name, over in result["wall of ft / others"].items():
+        print(f"whole process of ft / {name}: {over}")
     if not chosen.quick:
         write(result, chosen.out)
+    if failed:
+        raise SystemExit("\n".join(f"{name} failed: {why}" for name, why in failed.items()))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ its own, because that needs torch and the process that measures must not hold it
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -49,6 +51,8 @@ class Job:
     recompute: bool | Literal["auto"] = False
     """Recompute all layers' activations in the backward pass; auto: as the trainer does by itself."""
     device: Literal["cpu", "cuda"] = "cpu"
+    trl_bfloat16: bool = False
+    """On a CPU, where ft computes in float32: have TRL load and compute in bfloat16."""
 
 
 def write_base(folder: Path, shape: str) -> None:
@@ -116,8 +120,8 @@ def trl(job: Job, folder: Path, base: Path) -> list[str]:
         "packing": job.packing,
         "gradient_checkpointing": job.recompute is not False,  # which is its own default
         "use_cpu": job.device == "cpu",
-        "bf16": job.device == "cuda",
-        "dtype": "bfloat16" if job.device == "cuda" else "float32",
+        "bf16": job.device == "cuda" or job.trl_bfloat16,
+        "dtype": "bfloat16" if job.device == "cuda" or job.trl_bfloat16 else "float32",
         "attn_implementation": "sdpa",
         "logging_steps": 1,
         "disable_tqdm": True,
@@ -144,6 +148,11 @@ class Steps:
     """All tokens trained on up to each step, padding left out, where the trainer says so; else empty."""
 
     @property
+    def per_step(self) -> float | None:
+        """Tokens of a step, the first left out; None where the trainer does not say."""
+        return (self.tokens[-1] - self.tokens[0]) / (len(self.tokens) - 1) if len(self.tokens) > 1 else None
+
+    @property
     def seconds(self) -> float:
         """A step without the first, which is slower everywhere."""
         return (self.times[-1] - self.times[0]) / max(1, len(self.times) - 1)
@@ -162,6 +171,12 @@ def data_of_ours(lines: list[Line]) -> dict[str, Any]:
     return found
 
 
+def amount_of_ours(lines: list[Line]) -> dict[str, int]:
+    """How many tokens, tokens with loss and sequences there are."""
+    data = data_of_ours(lines)
+    return {key: data[key] for key in ("tokens", "supervised_tokens", "sequences")}
+
+
 def error_of_ours(lines: list[Line]) -> str:
     """What ft said went wrong, if it did."""
     events = (json.loads(line.text) for line in lines if line.text.startswith("{"))
@@ -175,14 +190,13 @@ def messages_of_ours(lines: list[Line]) -> list[str]:
 
 
 def steps_of_trl(lines: list[Line]) -> Steps:
-    """transformers prints a dict a step, its numbers as text or as numbers, by version."""
-    import ast
-
+    """transformers prints a dict a step, its numbers as text or as numbers, by version; `nan` and `inf` bare too."""
     found = []
     for line in lines:
         if not (line.text.startswith("{") and "'loss'" in line.text):
             continue
-        found.append((line.at, ast.literal_eval(line.text)))
+        literal = re.sub(r"(?<=: )(-?(?:nan|inf))(?=[,}])", r"'\1'", line.text)
+        found.append((line.at, ast.literal_eval(literal)))
     return Steps(
         [at for at, _ in found],
         [float(logged["loss"]) for _, logged in found],

@@ -87,7 +87,7 @@ def in_turn(
 ) -> tuple[list[dict[str, dict[str, float]]], dict[str, str]]:
     """Run each way once a round, in alternating order, and say what each measured, and of which failed, why.
 
-    A way that fails is left out of the rounds after it; only rounds that have all that is left count.
+    A way that fails is left out of the rounds after it. `ratio` takes the rounds that have both of its ways.
     """
     measured: list[dict[str, dict[str, float]]] = []
     failed: dict[str, str] = {}

@@ -8,8 +8,12 @@ and in nf4, padded and packed, with and without recomputation. Whole processes i
 of the rounds. Both print a line a step: seconds a step are those between the first line and the last.
 
 What differs, and cannot be made the same from outside: the order of the rows and the adapter's first values, so that
-losses are compared by their mean over all steps; TRL counts the line feed after the answer's end as answer (one token
-a row; tokens with loss are counted as ours for both); TRL keeps an nf4 model's adapter in bfloat16, we in float32.
+losses are compared by their mean over all steps; TRL keeps an nf4 model's adapter in bfloat16, we in float32. Tokens
+with loss are counted once, for both: those of the data as ft prepares it, a sequence on average. (TRL says what its own
+steps had; that is kept, but it also counts the line feed after each answer, and hangs on which rows came first.)
+
+ft has no bfloat16 on a CPU: it computes in float32 there (model/hardware.py). So the case in bfloat16 is no equal work:
+it sets ft as it is beside TRL as its users might run it to save memory.
 Writes benchmarks/results/train.json.
 """
 
@@ -24,12 +28,13 @@ from typing import Any
 
 from benchmarks import jobs
 from benchmarks.jobs import Job, Steps
-from benchmarks.measuring import RESULTS, Failed, about, in_turn, last_words, medians, ratio, run, table, write
+from benchmarks.measuring import RESULTS, Ended, Failed, about, in_turn, last_words, medians, ratio, run, table, write
 
 CASES: dict[str, Job] = {
     "float32, padded": Job(steps=20, micro_batch=8, length=256),
     "float32, packed": Job(steps=20, micro_batch=2, length=512, packing=True),
     "float32, padded, recomputed": Job(steps=20, micro_batch=8, length=256, recompute=True),
+    "TRL in bfloat16, ft in float32, padded": Job(steps=20, micro_batch=8, length=256, trl_bfloat16=True),
     "nf4, padded": Job(steps=20, micro_batch=8, length=256, quantization="nf4"),
     "nf4, packed": Job(steps=20, micro_batch=2, length=512, packing=True, quantization="nf4"),
 }
@@ -43,21 +48,24 @@ class Measured:
     def __init__(self, job: Job, folder: Path, base: Path) -> None:
         self._job, self._folder, self._base = job, folder, base
         self.losses: dict[str, list[float]] = {}
-        self._data: dict[str, Any] = {}
+        self.tokens_per_step: dict[str, float | None] = {}
+        """As each trainer counts them."""
+        self._with_loss: float | None = None
+        """Tokens with loss in an average step, for both."""
 
     def ours(self) -> dict[str, float]:
         ended = run(jobs.ours(self._job, self._folder, self._base), self._folder)
         steps = self._steps("ours", jobs.steps_of_ours(ended.lines), ended.code, jobs.error_of_ours(ended.lines))
-        self._data = jobs.data_of_ours(ended.lines)
-        per_sequence = self._data["tokens"] / self._data["sequences"]
-        return self._numbers(ended, steps, per_sequence * self._job.micro_batch)
+        data = jobs.amount_of_ours(ended.lines)
+        self._with_loss = self._job.micro_batch * data["supervised_tokens"] / data["sequences"]
+        self.tokens_per_step["ours"] = self._job.micro_batch * data["tokens"] / data["sequences"]
+        return self._numbers(ended, steps)
 
     def trl(self) -> dict[str, float]:
         ended = run(jobs.trl(self._job, self._folder, self._base), self._folder)
         steps = self._steps("trl", jobs.steps_of_trl(ended.lines), ended.code)
-        if not self._data or not steps.tokens:
-            raise Failed("TRL did not say how many tokens it trained on, or ft has not run")
-        return self._numbers(ended, steps, (steps.tokens[-1] - steps.tokens[0]) / (len(steps.tokens) - 1))
+        self.tokens_per_step["trl"] = steps.per_step
+        return self._numbers(ended, steps)
 
     def _steps(self, name: str, steps: Steps, code: int, why: str = "") -> Steps:
         if code or len(steps.losses) < 2:
@@ -65,16 +73,16 @@ class Measured:
         self.losses[name] = steps.losses
         return steps
 
-    def _numbers(self, ended: Any, steps: Steps, tokens_per_step: float) -> dict[str, float]:
-        """`tokens_per_step` counts all tokens, padding left out; the share with loss is that of the data."""
-        with_loss = self._data["supervised_tokens"] / self._data["tokens"]
+    def _numbers(self, ended: Ended, steps: Steps) -> dict[str, float]:
+        if self._with_loss is None:
+            raise Failed("ft has not run, which counts the tokens for both")
         return {
             "wall_s": ended.wall,
             "cpu_s": ended.cpu,
             "peak_mb": ended.peak_mb,
             "first_step_s": steps.times[0],
             "step_s": steps.seconds,
-            "loss_tokens_per_s": tokens_per_step * with_loss / steps.seconds,
+            "loss_tokens_per_s": self._with_loss / steps.seconds,
         }
 
 
@@ -93,6 +101,7 @@ def measure(name: str, job: Job, rounds: int, shape: str) -> dict[str, Any]:
     result["ours / trl"] = {
         key: ratio(measured, "ours", "trl", key) for key in ("wall_s", "step_s", "loss_tokens_per_s", "peak_mb")
     }
+    result["tokens_per_step"] = case.tokens_per_step
     result["losses"] = case.losses
     result["mean_loss"] = {way: statistics.fmean(losses) for way, losses in case.losses.items()}
     return result

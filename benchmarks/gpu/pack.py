@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,13 +94,34 @@ def needs(wheel: Path, target: Target) -> list[Requirement]:
     return [one for one in requirements if one.marker is None or one.marker.evaluate(there)]
 
 
-def gather(wanted: Iterable[str], there: set[str], out: Path, target: Target) -> list[Path]:
+There = Mapping[str, str | None]
+"""What the machine has: name → version, None where that is not known."""
+
+
+def missing(requirement: Requirement, there: There) -> bool:
+    """Whether it has to be carried: it is not there, or there in a version that will not do.
+
+    Of what belongs to the machine's own torch (`GRANTED`) no other version is ever carried, but it is said.
+    """
+    name = canonicalize_name(requirement.name)
+    if name not in there:
+        return True
+    version = there[name]
+    if version is None or requirement.specifier.contains(version, prereleases=True):
+        return False
+    if name in GRANTED:
+        print(f"the machine has {name} {version}, and {requirement} is asked for: it may not work", flush=True)
+        return False
+    return True
+
+
+def gather(wanted: Iterable[str], there: There, out: Path, target: Target) -> list[Path]:
     """Fetch what is wanted and, in turn, what that needs and is not there. Says which wheels there are."""
     waiting, have = [Requirement(text) for text in wanted], dict[str, Path]()
     while waiting:
         requirement = waiting.pop(0)
         name = canonicalize_name(requirement.name)
-        if name in have or name in there:
+        if name in have or not missing(requirement, there):
             continue
         have[name] = _fetch(requirement, out, target)
         print(f"{have[name].name}  {_mb(have[name]):.1f} MB", flush=True)
@@ -151,6 +172,15 @@ def keep_one_cuda(wheel: Path, cuda: str) -> None:
     partial.replace(wheel)
 
 
+def listed(text: str) -> dict[str, str | None]:
+    """Names and versions, one a line, as pip prints them; None where there is a place in the version's stead."""
+    found: dict[str, str | None] = {}
+    for line in text.splitlines():
+        if match := re.match(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:==\s*(\S+))?", line.strip()):
+            found[canonicalize_name(match[1])] = match[2]
+    return found
+
+
 def _mb(path: Path) -> float:
     return path.stat().st_size / 1e6
 
@@ -169,12 +199,12 @@ def main() -> None:
         raise SystemExit(f"{chosen.out} is not empty: two versions of one package would stop the installation")
     chosen.out.mkdir(parents=True, exist_ok=True)
     target = Target(chosen.python, chosen.machine, chosen.cuda)
-    lines = chosen.there.read_text("utf-8").splitlines() if chosen.there else []
-    listed = [re.split(r"[=<>@ ]", line.strip())[0] for line in lines if line.strip() and not line.startswith("#")]
-    there: set[str] = {canonicalize_name(name) for name in (*listed, *GRANTED, *TOO_BIG, *chosen.drop)}
     wanted = PEERS[chosen.peer] if chosen.peer else OURS
+    there = dict.fromkeys(GRANTED) | (listed(chosen.there.read_text("utf-8")) if chosen.there else {})
     # What is asked for by name is carried even where the machine has some version of it.
-    there -= {canonicalize_name(Requirement(text).name) for text in wanted} - set(map(canonicalize_name, chosen.drop))
+    for text in wanted:
+        there.pop(canonicalize_name(Requirement(text).name), None)
+    there |= {canonicalize_name(name): None for name in (*TOO_BIG, *chosen.drop)}
     wheels = gather(wanted, there, chosen.out, target)
     for wheel in wheels:
         if wheel.name.startswith("bitsandbytes-"):

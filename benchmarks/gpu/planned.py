@@ -9,11 +9,12 @@ from benchmarks.gpu.models import facts
 from benchmarks.measuring import Failed
 from finetune.plan.amount import amount_of, typical
 from finetune.plan.estimate import as_written, chosen_fit, expected_kernels, setup_of
-from finetune.plan.fit import cut_as
+from finetune.plan.fit import RESERVE, cut_as
 from finetune.plan.gpus import Card, card_like
+from finetune.plan.memory import CONTEXT, training_memory
 from finetune.plan.setup import Fit, Kernels, Setup
 from finetune.plan.shape import shape_of
-from finetune.plan.time import operations
+from finetune.plan.time import operations, work_of
 
 if TYPE_CHECKING:
     from finetune.config.schema import Config
@@ -52,6 +53,30 @@ def fit_for(config: Config, data: PreparedData, shape: str, hardware: Hardware) 
     if fit is None:
         raise Failed(f"the plan finds no way to fit this into {card.memory / 2**30:.1f} GiB")
     return fit
+
+
+def within(tensors: int) -> int:
+    """Bytes of a card on which the plan takes at most `tensors` for tensors: CUDA's context comes on top of them, and
+    a share of a card is left free."""
+    return int((tensors + CONTEXT) / (1 - RESERVE))
+
+
+def least_fit(config: Config, data: PreparedData, shape: str, hardware: Hardware) -> tuple[Fit, int]:
+    """The cut of a step that takes least memory, and the bytes of tensors that the plan gives it."""
+    setup = setup_for(config, data, shape, hardware)
+    effective = config.train.micro_batch_size * config.train.gradient_accumulation_steps
+    fit = Fit(1, effective, setup.shape.layers, True)
+    plan = training_memory(cut_as(setup, fit))
+    return fit, plan.total - plan.context
+
+
+def planned_tokens_per_s(config: Config, data: PreparedData, shape: str, hardware: Hardware, fit: Fit) -> float | None:
+    """Tokens a second, padding left out, that the plan foretells; None on a CPU, which it does not time."""
+    if (card := card_of(hardware)) is None:
+        return None
+    amount = amount_of(data)
+    work = work_of(typical(cut_as(setup_for(config, data, shape, hardware), fit), amount))
+    return amount.tokens / amount.sequences * fit.micro_batch / work.seconds(card)
 
 
 def operations_per_token(config: Config, data: PreparedData, shape: str, hardware: Hardware, fit: Fit) -> float:

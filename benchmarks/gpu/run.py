@@ -1,5 +1,6 @@
 """Measure everything that needs a GPU, in pieces, on a machine that reaches no registry.
 
+    python -m benchmarks.gpu.run --list                              what would be measured, in which order, how long
     python -m benchmarks.gpu.run --out results                       as much as 8.5 minutes allow
     python -m benchmarks.gpu.run --out results                       … and on from there
     python -m benchmarks.gpu.run --out results --chunks speed        only the chunks that are named
@@ -8,65 +9,38 @@
 What the machine lacks comes from the folder that `benchmarks/gpu/pack.py` filled:
 `python -m pip install --no-index --no-deps --target site wheels/*.whl` and `PYTHONPATH=site`.
 
-Chunks: correct, tests, speed, plan, cards, whole. Each leaves `CHUNK.json`, written anew after every case, so that
-nothing is lost where a call is cut off; the next call (with those files in --out) does what is still missing. A case
-that fails is recorded with its reason and not tried again, unless --retry says so. `table.md` has what there is so far.
+What matters most is measured first, whatever chunk it is of (`case.Turn`), so that what a short loan of a machine cuts
+off is the least important. Chunks: correct, tests, speed, plan, cards, whole. Each leaves `CHUNK.json`, written anew
+after every case; the next call (with those files in --out) does what is still missing. A case that fails is recorded
+with its reason and not tried again, unless --retry says so; one that a call's end cut off is tried once more. What
+needs a package that is not here is passed over, and measured by a later call that has it. `table.md` has what there is.
+
+Ends with 1, and the list of them last, where a case failed or a way turned out not to compute the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.gpu import cards, correct, plan_error, product_tests, speed, whole
-from benchmarks.gpu.case import Case, Context
+from benchmarks.gpu.case import Turn
+from benchmarks.gpu.chunks import CHUNKS, Waiting, apart, batch, in_order, pace
 from benchmarks.gpu.models import Device
-from benchmarks.measuring import ROOT, Failed, about, write
-
-RESTART = 75
-"""What a worker ends with when it had better begin again: memory is left behind, or the GPU answers no more."""
-
-NO_GPU = 69
-"""What it ends with where there is nothing to measure on."""
-
-LEFT_BEHIND = 200 * 2**20
-"""Bytes on the GPU after a case that make the next one's peak wrong."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    cases: Callable[[bool], list[Case]]
-    """Its cases; the argument says whether they are to be tiny."""
-    table: Callable[[dict[str, dict[str, Any]]], str]
-    """Its results as a page part."""
-    fresh: bool = False
-    """Whether every case has a process of its own: other trainers change the libraries they use for good."""
-
-
-CHUNKS: dict[str, Chunk] = {
-    "correct": Chunk(correct.cases, correct.table),
-    "tests": Chunk(product_tests.cases, product_tests.table),
-    "speed": Chunk(speed.cases, speed.table, fresh=True),
-    "plan": Chunk(plan_error.cases, plan_error.table),
-    "cards": Chunk(cards.cases, cards.table, fresh=True),
-    "whole": Chunk(whole.cases, whole.table, fresh=True),
-}
+from benchmarks.gpu.worker import NO_GPU, read, work
+from benchmarks.measuring import ROOT, table, write
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument("--list", action="store_true", help="print the order and the guessed minutes; measure nothing")
     parser.add_argument("--chunks", nargs="+", choices=CHUNKS, default=list(CHUNKS))
     parser.add_argument("--only", default="", help="only cases with this in their name")
     parser.add_argument("--minutes", type=float, default=8.5, help="no longer than this")
@@ -80,158 +54,143 @@ def main() -> None:
     device = Device(chosen.device, chosen.tiny)
     if chosen.worker:
         raise SystemExit(work(chosen.worker, chosen.names, device, chosen.out, chosen.until))
+    order = in_order(chosen.chunks, chosen.only, tiny=chosen.tiny)
+    if chosen.list:
+        print(listing(order))
+        return
+    if chosen.out is None:
+        parser.error("--out FOLDER is where the results go")
     chosen.out.mkdir(parents=True, exist_ok=True)
-    until = time.time() + 60 * chosen.minutes
-    left = 0
-    for name in chosen.chunks:
-        left += run_chunk(name, chosen.only, device, chosen.out.absolute(), until, retry=chosen.retry)
-        (chosen.out / "table.md").write_text(page(chosen.out), "utf-8")
+    if chosen.retry:
+        forget_failures(chosen.out, chosen.chunks)
+    left = measure(order, device, chosen.out.absolute(), time.time() + 60 * chosen.minutes)
     print(page(chosen.out))
-    print(f"{left} cases are still to be measured" if left else "everything is measured")
+    print(f"{len(left)} cases are still to be measured" if left else "everything is measured")
+    if wrong := list(faults(chosen.out)):
+        raise SystemExit("\n".join([f"{len(wrong)} cases failed or are not as they should be:", *wrong]))
+
+
+def listing(order: Sequence[Waiting]) -> str:
+    """The order, with the guessed minutes of each case and of all up to it."""
+    rows: list[list[object]] = []
+    minutes = 0.0
+    for number, one in enumerate(order, 1):
+        minutes += one.case.seconds / 60
+        turn = Turn(one.case.turn).name.lower()
+        rows.append([number, turn, one.chunk, one.case.name, f"{one.case.seconds / 60:.1f}", f"{minutes:.1f}"])
+    return table(["", "turn", "chunk", "case", "minutes, guessed", "up to here"], rows)
 
 
 # -- the process that waits ---------------------------------------------------------------------------------------
 
 
-def run_chunk(name: str, only: str, device: Device, out: Path, until: float, *, retry: bool = False) -> int:
-    """Have the cases of a chunk measured that are not yet. Says how many are left."""
-    chunk = CHUNKS[name]
-    path = out / f"{name}.json"
-    if retry:
-        result = read(path)
+def forget_failures(out: Path, chunks: Collection[str]) -> None:
+    for name in chunks:
+        result = read(out / f"{name}.json")
         result["cases"] = {case: found for case, found in result["cases"].items() if "failed" not in found}
-        write(result, path)
+        result["cut_off"] = []
+        write(result, out / f"{name}.json")
+
+
+def measure(order: Sequence[Waiting], device: Device, out: Path, until: float) -> list[Waiting]:
+    """Have what is not known yet measured, the most important first. Says what is left."""
+    given_up: set[str] = set()  # not begun, or cut off, in this call
     while True:
-        known = read(path)["cases"]
-        waiting = [case for case in chunk.cases(device.tiny) if only in case.name and case.name not in known]
-        fitting = [case.name for case in waiting if time.time() + case.seconds < until]
-        if not fitting:
-            return len(waiting)
-        _one_worker(name, fitting[:1] if chunk.fresh else fitting, device, out, until)
+        known = {name: read(out / f"{name}.json")["cases"] for name in CHUNKS}
+        waiting = [one for one in order if one.case.name not in known[one.chunk]]
+        factor = pace(known, order)
+        ready = [one for one in waiting if _key(one) not in given_up]
+        chosen = batch(ready, until - time.time(), factor)
+        (out / "table.md").write_text(page(out), "utf-8")
+        if not chosen:
+            return waiting
+        begun = _one_worker(chosen, device, out, until)
+        if not begun:
+            given_up.add(_key(chosen[0]))
 
 
-def _one_worker(chunk: str, names: Sequence[str], device: Device, out: Path, until: float) -> None:
-    """One process for some cases. Whatever becomes of it, the result file has one case more afterwards."""
+def _key(one: Waiting) -> str:
+    return f"{one.chunk}: {one.case.name}"
+
+
+def _one_worker(chosen: Sequence[Waiting], device: Device, out: Path, until: float) -> bool:
+    """One process for some cases of one chunk. Says whether the chunk's results grew by at least one case.
+
+    A case that was begun and has no result has failed; one that was never begun has not. Where a process cannot even
+    begin, the first of its cases bears that, so that it is not tried for ever.
+    """
+    chunk, names = chosen[0].chunk, [one.case.name for one in chosen]
     path, running = out / f"{chunk}.json", out / f"{chunk}.running"
-    before = set(read(path)["cases"])
+    running.unlink(missing_ok=True)  # of a call that was killed itself
+    before = len(read(path)["cases"])
     command = [sys.executable, "-m", "benchmarks.gpu.run", "--worker", chunk, "--out", str(out), "--until", str(until)]
     command += ["--device", device.name, *(["--tiny"] if device.tiny else []), "--names", *names]
+    code, said = _wait_for(command, until)
+    if code == NO_GPU:
+        raise SystemExit("there is no CUDA GPU here; to see whether everything runs: --device cpu --tiny")
+    known = read(path)
+    begun = running.read_text("utf-8") if running.exists() else None
+    running.unlink(missing_ok=True)
+    if begun is not None and begun not in known["cases"]:
+        cut_off = known.setdefault("cut_off", [])
+        if code is None and begun not in cut_off:
+            cut_off.append(begun)
+            print(f"{chunk}: {begun} was cut off by the end of this call", flush=True)
+        else:
+            why = "took longer than a call may, twice" if code is None else f"its process ended with {code}: {said}"
+            known["cases"][begun] = {"failed": why}
+            print(f"{chunk}: {begun} failed: {why[:200]}", flush=True)
+        write(known, path)
+    elif code and len(known["cases"]) == before:
+        known["cases"][names[0]] = {"failed": f"its process ended with {code} before it began: {said}"}
+        write(known, path)
+        print(f"{chunk}: {names[0]} failed: its process ended with {code}", flush=True)
+    return len(known["cases"]) > before
+
+
+def _wait_for(command: Sequence[str], until: float) -> tuple[int | None, str]:
+    """The exit code of a process (None if it had to be ended), and the end of what it wrote to stderr."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
     }
-    why = ""
     with tempfile.TemporaryFile() as errors:
+        # A group of its own: what it has started ends with it, and leaves the GPU to the next.
+        child = subprocess.Popen(command, env=environment, stderr=errors, start_new_session=True)
+        code: int | None
         try:
             # A little longer than the worker itself knows of, so that it ends by itself if it can.
-            done = subprocess.run(
-                command, env=environment, stderr=errors, timeout=until - time.time() + 10, check=False
-            )
-            why = f"its process ended with {done.returncode}"
-            if done.returncode == NO_GPU:
-                raise SystemExit("there is no CUDA GPU here; to see whether everything runs: --device cpu --tiny")
-        except subprocess.TimeoutExpired:
-            why = "it took longer than one call may"
+            code = child.wait(timeout=max(1.0, until - time.time() + 10))
+        except BaseException as error:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            code = None
         errors.seek(0)
-        said = errors.read().decode("utf-8", "replace").strip()
-    known = read(path)
-    if set(known["cases"]) == before:
-        name = running.read_text("utf-8") if running.exists() else names[0]
-        known["cases"][name] = {"failed": f"{why}: {said[-1500:]}"}
-        write(known, path)
-        print(f"{chunk}: {name} failed: {why}", flush=True)
-    running.unlink(missing_ok=True)
+        return code, errors.read().decode("utf-8", "replace").strip()[-1500:]
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A chunk's results so far."""
-    if not path.exists():
-        return {"cases": {}}
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return found
+# -- what is said -------------------------------------------------------------------------------------------------
 
 
 def page(out: Path) -> str:
     """Every chunk that has results, as Markdown."""
     parts = []
     for name, chunk in CHUNKS.items():
-        cases = read(out / f"{name}.json")["cases"]
-        if not cases:
-            continue
-        good = {case: found for case, found in cases.items() if "failed" not in found}
-        lines = [f"## {name}\n", chunk.table(good) if good else "nothing could be measured\n"]
-        lines += [
-            f"- {case} failed: {found['failed'].strip().splitlines()[-1][:300]}"
-            for case, found in cases.items()
-            if "failed" in found
-        ]
-        parts.append("\n".join(lines))
+        good, failed = apart(read(out / f"{name}.json")["cases"])
+        if good or failed:
+            lines = [f"## {name}\n", chunk.table(good) if good else "nothing could be measured\n"]
+            parts.append("\n".join([*lines, *(f"- {case} failed: {why}" for case, why in failed.items())]))
     return "\n".join(parts)
 
 
-# -- the process that measures ------------------------------------------------------------------------------------
-
-
-def work(chunk: str, names: Sequence[str], device: Device, out: Path, until: float) -> int:
-    """Measure the named cases, and write each down when it is done."""
-    import torch
-
-    if device.name == "cuda" and not torch.cuda.is_available():
-        return NO_GPU
-    path, running = out / f"{chunk}.json", out / f"{chunk}.running"
-    cases = {case.name: case for case in CHUNKS[chunk].cases(device.tiny)}
-    for name in names:
-        if time.time() + cases[name].seconds > until:
-            return 0
-        running.write_text(name, "utf-8")
-        known = read(path)
-        began = time.monotonic()
-        done = {case: found for case, found in known["cases"].items() if "failed" not in found}
-        with tempfile.TemporaryDirectory() as folder:
-            found = _measure(cases[name], Context(device, Path(folder), done))
-        found["seconds"] = time.monotonic() - began
-        known["cases"][name] = found
-        known["about"] = about() | {"device": _device(device), "tiny": device.tiny}
-        write(known, path)
-        print(f"{chunk}: {name} {'failed' if 'failed' in found else 'done'} in {found['seconds']:.0f} s", flush=True)
-        if _unclean(device):
-            return RESTART
-    return 0
-
-
-def _measure(case: Case, context: Context) -> dict[str, Any]:
-    try:
-        return case.measure(context)
-    except Failed as error:
-        return {"failed": str(error)}
-    except Exception:
-        return {"failed": traceback.format_exc()[-3000:]}
-
-
-def _unclean(device: Device) -> bool:
-    """Whether the next case would find memory taken, or a GPU that reports an old error for ever."""
-    import torch
-
-    if device.name == "cpu":
-        return False
-    with contextlib.suppress(RuntimeError):
-        device.clear()
-        return bool(torch.cuda.memory_allocated() > LEFT_BEHIND)
-    return True
-
-
-def _device(device: Device) -> dict[str, Any]:
-    import torch
-
-    if device.name == "cpu":
-        return {"name": "cpu"}
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "name": properties.name,
-        "memory_gb": properties.total_memory / 1e9,
-        "capability": f"{properties.major}.{properties.minor}",
-        "cuda": torch.version.cuda,
-    }
+def faults(out: Path) -> Iterator[str]:
+    """Every case that failed, and every one whose result is not as it should be."""
+    for name, chunk in CHUNKS.items():
+        good, failed = apart(read(out / f"{name}.json")["cases"])
+        yield from (f"{name}: {case} failed: {why}" for case, why in failed.items())
+        yield from (f"{name}: {case}: {why}" for case, found in good.items() if (why := chunk.wrong(found)))
 
 
 if __name__ == "__main__":

@@ -2,33 +2,45 @@
 
 Shapes of Llama-3-8B, Mistral-7B and Qwen2.5-7B, base in nf4, LoRA of rank 16 on all linear layers. Dense: every
 sequence full, loss on all tokens, so that nobody gains by packing. Chats: short, loss on the answers, which TRL pads by
-default. An optimizer step has the same number of sequences (dense) or of rows (chats, on average) for all.
+default. An optimizer step has the same number of sequences (dense) or of rows (chats, on average) for all. Each case is
+one run of twelve steps after three that do not count; ways.py and `ratios` in speed_table.py say what is compared.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import dataclasses
 import statistics
 import time
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks import measuring
+from benchmarks.gpu import guess, ways
 from benchmarks.gpu import rows as rows_
-from benchmarks.gpu import ways
 from benchmarks.gpu.cards import capped
-from benchmarks.gpu.case import Case, Context
+from benchmarks.gpu.case import Case, Context, Turn
 from benchmarks.gpu.models import SHAPES, Device
 from benchmarks.gpu.rows import ALL_OFF, Rows
+from benchmarks.gpu.speed_table import AGAIN, table
+from benchmarks.gpu.trl_settings import FLEX, NOT_RECOMPUTED, attention_of, trl_settings
 from benchmarks.measuring import Failed
 
+if TYPE_CHECKING:
+    from finetune.config.schema import Config
+    from finetune.data.prepare import PreparedData
+    from finetune.model.hardware import Hardware
+    from finetune.plan.setup import Fit
+
+__all__ = ["cases", "measure", "table"]
+
 MODELS = ("llama3-8b", "mistral-7b", "qwen2.5-7b")
-STEPS = 7
+STEPS = ways.WARM_UP + ways.MEASURED
 
 DATA: dict[str, Rows] = {
-    "dense 2k": Rows("dense", 2048, 8, 1, count=64),
-    "chats": Rows("chats", 2048, 2, 2, count=2000),
+    # Eight sequences are TRL's default batch.
+    "dense 2k": Rows("dense", 2048, 8, 1, count=128),
+    "chats": Rows("chats", 2048, 2, 2, count=800),
     "dense 8k": Rows("dense", 8192, 2, 1, count=32),
 }
 
@@ -48,38 +60,79 @@ SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 ALL_ON: dict[str, Any] = {"attention": "varlen", "fused": True, "lora": True, "head": True}
 
-TRL_DEFAULTS: dict[str, Any] = {"per_device_train_batch_size": 8}
-"""TRL as it comes (recomputation and bf16 are its own defaults), with the length that is trained on."""
+IN_TRLS, IN_HALF = "ft auto in trl's memory", "ft auto in half of trl's memory, or the least"
+"""ft with no more memory than TRL's defaults took; and with half of that, or, where the base, the adapter and one
+sequence alone are more than half, with the least that ft can do with."""
 
-TRL_TUNED: dict[str, Any] = {
-    "packing": True,  # no padding; best-fit decreasing, rows kept apart by their positions
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the variant that torch recommends
-    "optim": "adamw_torch_fused",  # one kernel for all adapters
-    "tf32": True,  # for what is left in float32
-    "use_liger_kernel": True,  # fused norms, rotary and SwiGLU (its fused head clashes with TRL's own)
-    "dataloader_pin_memory": True,
-    "dataloader_num_workers": 2,  # collation beside the GPU
-}
-"""TRL as somebody who knows it would set it up; attention is flash attention where its package is installed."""
+RATE_WARM_UP = 1.0
+"""Seconds of products before their rate is taken: clocks rise, and power limits begin to be felt."""
 
 
 def cases(tiny: bool) -> list[Case]:
-    """The most telling first: a call that is cut off has them."""
-    data = TINY_DATA if tiny else DATA
-    found = []
-    for number, model in enumerate(MODELS[:1] if tiny else MODELS):
-        for kind in data:
-            names = ["trl defaults", "ft auto", "trl tuned", "ft all, recomputed", "ft auto in half of trl's memory"]
-            names += ["unsloth"]
-            if tiny:
-                names = names[:4]
-            else:
-                names += [f"ft {name}" for name in SWITCHES] if number == 0 else ["ft plain"]
-            for way in names:
-                name = f"{model}, {kind}, {way}"
-                seconds = 10 if tiny else 250 if way == "ft compile" else 100
-                found.append(Case(name, partial(measure, model, kind, way), seconds=seconds))
-    return found
+    """What is measured of each model and kind of rows, and when. Those that need no process of their own go first."""
+    if tiny:
+        few = ("trl defaults", "ft auto", "trl tuned", NOT_RECOMPUTED, IN_HALF, "ft all, recomputed")
+        named = [(MODELS[0], "chats", way, Turn.TELLING, "") for way in few]
+    else:
+        named = list(_named())
+    return [
+        Case(
+            f"{model}, {kind}, {way}{again}",
+            partial(measure, model, kind, way),
+            seconds=15 if tiny else _guess(model, kind, way),
+            turn=turn,
+            process=_process(way),
+            needs="unsloth" if way == "unsloth" else "",
+        )
+        for model, kind, way, turn, again in named
+    ]
+
+
+def _named() -> Iterator[tuple[str, str, str, Turn, str]]:
+    """Model, rows, way, turn, and a mark on what is measured a second time. Ways that may share a process stand
+    together, so that few have to be started."""
+    first, others = MODELS[0], MODELS[1:]
+    for kind in ("dense 2k", "chats"):
+        for way in ("trl defaults", "ft auto", "ft plain", IN_TRLS, IN_HALF, "ft all, recomputed"):
+            yield first, kind, way, Turn.TELLING, ""
+        yield from ((model, kind, way, Turn.TELLING, "") for model in others for way in ("trl defaults", "ft auto"))
+        yield from ((model, kind, "trl tuned", Turn.TELLING, "") for model in MODELS)
+        yield first, kind, NOT_RECOMPUTED, Turn.TELLING, ""
+    yield first, "chats", FLEX, Turn.TELLING, ""
+    yield from ((first, "dense 8k", way, Turn.TELLING, "") for way in ("trl defaults", "ft auto", "trl tuned"))
+    yield from ((first, "dense 8k", way, Turn.MEMORY, "") for way in (IN_HALF, IN_TRLS, "ft plain"))
+    yield from ((first, "dense 2k", way, Turn.MEMORY, AGAIN) for way in ("trl defaults", "ft auto"))
+    for kind in ("dense 2k", "chats"):
+        for way in (IN_HALF, IN_TRLS, "ft plain"):
+            yield from ((model, kind, way, Turn.MEMORY, "") for model in others)
+        yield from ((model, kind, NOT_RECOMPUTED, Turn.MEMORY, "") for model in others)
+    switches = [f"ft {name}" for name in SWITCHES if name != "plain"]
+    yield from ((first, "dense 2k", way, Turn.SWITCHES, "") for way in switches)
+    yield from ((model, kind, "unsloth", Turn.OTHERS, "") for model in MODELS for kind in ("dense 2k", "chats"))
+    yield first, "dense 8k", "unsloth", Turn.OTHERS, ""
+    yield from ((first, kind, way, Turn.REST, "") for kind in ("chats", "dense 8k") for way in switches)
+    yield from ((model, "chats", FLEX, Turn.REST, "") for model in others)
+    for model in others:
+        yield from ((model, kind, "ft all, recomputed", Turn.REST, "") for kind in DATA)
+        for way in ("trl defaults", "ft plain", "ft auto", IN_HALF, "trl tuned"):
+            yield model, "dense 8k", way, Turn.REST, ""
+    yield first, "dense 8k", "ft all, recomputed", Turn.REST, ""
+
+
+def _process(way: str) -> str:
+    """TRL's tuned ways set how torch multiplies in float32 and what transformers' modules are made of, unsloth and the
+    compiler change more."""
+    return "tuned" if way.startswith("trl tuned") else way if way in ("unsloth", "ft compile") else "ours"
+
+
+def _guess(model: str, kind: str, way: str) -> float:
+    rows = DATA[kind]
+    # Padding, and kernels that are not fused; the other way round, what is not recomputed.
+    slow = {"trl defaults": 1.6 if kind == "chats" else 1.3, "ft auto": 0.8, "ft compile": 1.2}.get(way, 1.0)
+    recomputed = 0.0 if way in ("ft auto", NOT_RECOMPUTED) else 1.0
+    tokens = rows.micro_batch * rows.accumulation * rows.length
+    found = guess.seconds(model, tokens, STEPS, length=rows.length, recomputed=recomputed, slow=slow)
+    return found + (60 if way in ("ft compile", FLEX, "unsloth") else 0)
 
 
 def measure(model: str, kind: str, way: str, context: Context) -> dict[str, Any]:
@@ -93,100 +146,108 @@ def measure(model: str, kind: str, way: str, context: Context) -> dict[str, Any]
     device = context.device
     rows = (TINY_DATA if device.tiny else DATA)[kind]
     shape = device.shape(model)
-    steps = 4 if device.tiny else STEPS
+    steps = ways.SHORT if device.tiny else STEPS
     rate = matrix_rate(device)
-    train, speed, memory = _asked(way, shape, context.done, f"{model}, {kind}, trl defaults")
+    train, speed = _asked(way, shape)
     config = rows_.config(rows, context.folder, steps=steps, quantization="nf4", train=train, speed=speed)
     data = rows_.prepare(rows, context.folder, shape, config)
     if way.startswith("ft"):
-        with contextlib.nullcontext() if memory is None else capped(memory, device):
-            found, fit = ways.ours(config, data, shape, device, context.folder, memory=memory)
+        bound = Bound()
+        if way in (IN_TRLS, IN_HALF):
+            reference = context.done.get(f"{model}, {kind}, trl defaults", {}).get("peak_gb")
+            bound = _bound(way, config, data, shape, detect(), reference)
+        with contextlib.nullcontext() if bound.memory is None else capped(bound.memory, device):
+            found, fit = ways.ours(config, data, shape, device, context.folder, memory=bound.memory, fit=bound.fit)
+        found |= bound.said
     else:
-        settings = _trl_settings(way, rows, data, device)
+        settings = trl_settings(way, rows, data, device)
         if way == "unsloth":
             weights = _weights_of(shape, context)
             found = ways.unsloth(rows, data, weights, device, context.folder, steps, settings)
+            found["attention"] = "its own"
         else:
-            attention = "flash_attention_2" if way == "trl tuned" and _has_flash() else "sdpa"
+            attention = attention_of(way)
             found = ways.trl(
                 rows, data, shape, "nf4", device, context.folder, steps, settings=settings, attention=attention
             )
             found["attention"] = attention
-        fit = Fit(rows.micro_batch, rows.accumulation, SHAPES[shape]["num_hidden_layers"], False)
+        recomputed = 0 if way == NOT_RECOMPUTED else SHAPES[shape]["num_hidden_layers"]
+        micro, accumulation = (settings[key] for key in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+        fit = Fit(micro, accumulation, recomputed, False)
+        found["fit"] = dataclasses.asdict(fit)
     per_token = operations_per_token(config, data, shape, detect(), fit)
-    found |= {"matrix_tflops": rate / 1e12, "gflops_per_token": per_token / 1e9, "recomputed": fit.recomputed}
+    found |= {"matrix_tflops": rate / 1e12, "gflops_per_token": per_token / 1e9}
     found["of_ceiling"] = per_token * found["tokens_per_s"] / rate
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """How much memory ft may take."""
+
+    memory: int | None = None
+    """Bytes of the card that is stood for."""
+    fit: Fit | None = None
+    """How the step is cut, where that is not left to the plan."""
+    said: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _bound(
+    way: str, config: Config, data: PreparedData, shape: str, hardware: Hardware, reference_gb: float | None
+) -> Bound:
+    """A card that is as large as what TRL took, or half of it; or the least, where that is more than half."""
+    from benchmarks.gpu.planned import least_fit, within
+
+    least, needed = least_fit(config, data, shape, hardware)
+    if hardware.device == "cpu":  # nobody counts memory there
+        return Bound(fit=least, said={"half_possible": False, "least_gb": needed / 1e9, "half_gb": None})
+    if not reference_gb:
+        raise Failed("needs the peak memory of TRL's defaults, which were not measured")
+    tensors = reference_gb * 1e9
+    if way == IN_TRLS:
+        return Bound(within(round(tensors)))
+    said = {"half_possible": needed <= tensors / 2, "least_gb": needed / 1e9, "half_gb": tensors / 2e9}
+    return Bound(within(round(tensors / 2)), said=said) if said["half_possible"] else Bound(fit=least, said=said)
 
 
 def matrix_rate(device: Device) -> float:
     """Operations a second of a large matrix product in the dtype of training, random numbers: the ceiling here and now.
 
-    The median of some blocks of products, after a warm-up of the clocks.
+    The median of some blocks of products, after a second of them.
     """
     import torch
 
     size, products = (256, 2) if device.tiny else (8192, 10)
     left, right = (torch.randn(size, size, device=device.name).to(device.dtype) for _ in range(2))
+    warm = time.perf_counter() + (0.0 if device.tiny else RATE_WARM_UP)
+    while time.perf_counter() < warm:
+        torch.mm(left, right)
+        device.synchronize()
     taken = []
-    for _ in range(6):
+    for _ in range(5):
         device.synchronize()
         began = time.perf_counter()
         for _ in range(products):
             torch.mm(left, right)
         device.synchronize()
         taken.append((time.perf_counter() - began) / products)
-    rate = 2 * size**3 / statistics.median(taken[2:])
+    rate = 2 * size**3 / statistics.median(taken)
     del left, right
     device.clear()
     return rate
 
 
-def _asked(way: str, shape: str, done: Any, reference: str) -> tuple[dict[str, Any], dict[str, Any], int | None]:
-    """What `train:` and `speed:` say for a way of ft's, and how much memory it may believe in."""
+def _asked(way: str, shape: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `train:` and `speed:` say for a way of ft's."""
     if way.startswith("ft auto"):
-        memory = None
-        if "half" in way:
-            if not done.get(reference, {}).get("peak_gb"):
-                raise Failed(f"needs the peak memory of {reference}")
-            memory = int(done[reference]["peak_gb"] * 1e9 / 2)
-        return {"fit": "auto"}, {}, memory
+        return {"fit": "auto"}, {}
     if way == "ft all, recomputed":
-        return {"gradient_checkpointing": True}, ALL_ON, None
+        return {"gradient_checkpointing": True}, ALL_ON
     train, speed = SWITCHES.get(way.removeprefix("ft "), ({}, {}))
     train = {"gradient_checkpointing": True} | train
     if train["gradient_checkpointing"] == "half":
         train["gradient_checkpointing"] = SHAPES[shape]["num_hidden_layers"] // 2
-    return train, ALL_OFF | speed, None
-
-
-def _trl_settings(way: str, rows: Rows, data: Any, device: Device) -> dict[str, Any]:
-    """TRL's arguments, its batch cut so that a step is as large as ours."""
-    step = rows.micro_batch * rows.accumulation
-    if way == "trl defaults" and rows.kind == "chats":
-        # Rows, not packs: as many as lie in our packs on average, eight at a time.
-        wanted = step * len(data.train) / data.sequences
-        return TRL_DEFAULTS | {"gradient_accumulation_steps": max(1, round(wanted / 8))}
-    if way == "trl defaults":
-        return {"per_device_train_batch_size": rows.micro_batch, "gradient_accumulation_steps": rows.accumulation}
-    settings = TRL_TUNED | {
-        "per_device_train_batch_size": rows.micro_batch,
-        "gradient_accumulation_steps": rows.accumulation,
-        "packing": rows.kind == "chats",
-    }
-    if device.name == "cpu":
-        settings |= {
-            "use_liger_kernel": False,
-            "tf32": None,
-            "dataloader_pin_memory": False,
-            "dataloader_num_workers": 0,
-        }
-    if way == "unsloth":
-        settings = {
-            key: settings[key] for key in ("packing", "per_device_train_batch_size", "gradient_accumulation_steps")
-        }
-        settings["optim"] = "adamw_8bit"  # as its notebooks have it
-    return settings
+    return train, ALL_OFF | speed
 
 
 def _weights_of(shape: str, context: Context) -> Any:
@@ -197,23 +258,3 @@ def _weights_of(shape: str, context: Context) -> Any:
     build(shape, "nf4", context.device).save_pretrained(folder)
     context.device.clear()
     return folder
-
-
-def _has_flash() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
-
-
-def table(found: dict[str, dict[str, Any]]) -> str:
-    """Per model and data: tokens with loss, memory, ceiling, and both against TRL's two ways."""
-    lines = []
-    for name, one in found.items():
-        group = ", ".join(name.split(", ")[:2])
-        row: list[object] = [name, one["loss_tokens_per_s"], one["peak_gb"], one["of_ceiling"]]
-        for reference in ("trl defaults", "trl tuned"):
-            other = found.get(f"{group}, {reference}")
-            for key in ("loss_tokens_per_s", "peak_gb"):
-                row.append(one[key] / other[key] if other and other[key] else None)
-        lines.append([*row, f"{one['losses'][0]:.3f} → {one['losses'][-1]:.3f}"])
-    header = ["case", "tokens with loss a second", "peak GB", "of the ceiling"]
-    header += ["speed / TRL's defaults", "memory", "speed / TRL tuned", "memory", "loss, first and last"]
-    return measuring.table(header, lines)

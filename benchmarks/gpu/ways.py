@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from finetune.data.prepare import PreparedData
     from finetune.plan.setup import Fit
 
-WARM_UP = 2
-"""Steps that are not counted: kernels are chosen and memory is found in them."""
+WARM_UP, MEASURED = 3, 12
+"""Steps that are not counted (kernels are chosen and memory is found in them), and those that are."""
+
+SHORT = 5
+"""Steps in all where only memory is asked for."""
 
 
 @dataclass
@@ -39,22 +42,27 @@ class Steps:
         self.losses.append(loss)
 
     @property
-    def seconds(self) -> float:
-        """The median step."""
+    def seconds(self) -> list[float]:
+        """Of each step after those of the warm-up."""
         if len(self.times) < WARM_UP + 2:
             raise Failed(f"only {len(self.times)} steps were logged")
-        times = self.times[WARM_UP:]
-        return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
+        return [later - earlier for earlier, later in itertools.pairwise(self.times[WARM_UP - 1 :])]
 
 
 def measured(steps: Steps, device: Device, tokens: float, with_loss: float) -> dict[str, Any]:
     """`tokens` and `with_loss` are what an optimizer step trains on, padding left out, on average."""
+    seconds = steps.seconds
+    middle = statistics.median(seconds)
     return {
-        "step_s": steps.seconds,
-        "tokens_per_s": tokens / steps.seconds,
-        "loss_tokens_per_s": with_loss / steps.seconds,
+        "step_s": middle,
+        "shortest_s": min(seconds),
+        "longest_s": max(seconds),
+        "steps": len(seconds),
+        "tokens_per_s": tokens / middle,
+        "loss_tokens_per_s": with_loss / middle,
         "peak_gb": device.peak() / 1e9,
         "losses": steps.losses,
+        "mean_loss": statistics.fmean(steps.losses),
         "said": steps.said,
     }
 
@@ -67,8 +75,12 @@ def ours(
     folder: Path,
     *,
     memory: int | None = None,
+    fit: Fit | None = None,
 ) -> tuple[dict[str, Any], Fit]:
-    """ft's own training, from the model in memory on. `memory` is what the plan is told that the card has, in bytes."""
+    """ft's own training, from the model in memory on. `memory` is what the plan is told that the card has, in bytes.
+
+    fit  how a step is cut; None: as the config says
+    """
     import dataclasses
 
     from finetune.model.base import LoadedModel
@@ -88,7 +100,7 @@ def ours(
     loaded = LoadedModel(build(shape, quantization, device), hardware)
     device.peak(reset=True)
     steps = Steps()
-    fit = fit_for(config, data, shape, hardware)
+    fit = fit or fit_for(config, data, shape, hardware)
     train(config, data, loaded, run, _listening(steps), Stopper(), {}, fit)
     used = run.read_manifest().get("fit", {}).get("used", {})
     if used:
@@ -96,7 +108,9 @@ def ours(
     sequences = fit.micro_batch * fit.accumulation
     share = sequences / data.sequences
     found = measured(steps, device, data.tokens * share, data.supervised_tokens * share)
-    return found | {"fit": dataclasses.asdict(fit), "speed": run.read_manifest().get("speed")}, fit
+    reasons = run.read_manifest().get("speed") or {}
+    found["attention"] = str(reasons.get("attention", "?")).partition(":")[0]
+    return found | {"fit": dataclasses.asdict(fit), "speed": reasons}, fit
 
 
 def _listening(steps: Steps) -> Any:

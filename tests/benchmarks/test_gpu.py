@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.gpu import run
-from benchmarks.gpu.case import Case, Context
+from benchmarks.gpu import rows as rows_
+from benchmarks.gpu import run, speed
+from benchmarks.gpu.chunks import CHUNKS
 from benchmarks.gpu.models import SHAPES, Device, build, facts
-from benchmarks.measuring import ROOT, Failed, write
+from benchmarks.gpu.plan_error import errors
+from benchmarks.gpu.planned import least_fit, within
+from benchmarks.gpu.rows import Rows
+from benchmarks.gpu.trl_settings import NOT_RECOMPUTED, trl_settings
+from benchmarks.gpu.ways import MEASURED, SHORT, WARM_UP, Steps
+from benchmarks.measuring import ROOT, Failed
 
 CPU = Device("cpu", tiny=True)
 
@@ -30,73 +36,96 @@ def test_the_smallest_chunk_runs_on_a_cpu_and_is_not_run_again(tmp_path: Path) -
     result = json.loads((tmp_path / "cards.json").read_text())
     (case,) = result["cases"].values()
     assert "failed" not in case, case["failed"]
-    assert len(case["losses"]) == 4
+    assert len(case["losses"]) == SHORT
     assert case["fit"] == {"micro_batch": 2, "accumulation": 1, "recomputed": 0, "offload": False}
     assert result["about"]["tiny"] is True
-    assert "torch" in result["about"]["versions"]
+    assert "torch" in case["versions"]
     assert (tmp_path / "table.md").read_text() == run.page(tmp_path)
 
 
-def chunk(*cases: Case) -> run.Chunk:
-    return run.Chunk(lambda _: list(cases), lambda found: ", ".join(found) + "\n")
+# -- memory and time ----------------------------------------------------------------------------------------------
 
 
-def test_a_case_that_fails_is_recorded_and_the_next_one_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[dict[str, Any]] = []
+def test_a_bound_on_tensors_is_what_the_plan_then_allows_itself() -> None:
+    from finetune.plan.fit import budget
+    from finetune.plan.gpus import card_like
+    from finetune.plan.memory import CONTEXT
 
-    def broken(context: Context) -> dict[str, Any]:
-        raise RuntimeError("CUDA error: something")
-
-    def good(context: Context) -> dict[str, Any]:
-        seen.append(dict(context.done))
-        assert list(context.folder.iterdir()) == []
-        return {"x": 1.0}
-
-    def refused(context: Context) -> dict[str, Any]:
-        raise Failed("not installed")
-
-    cases = [Case("broken", broken), Case("good", good), Case("refused", refused), Case("last", good)]
-    monkeypatch.setitem(run.CHUNKS, "speed", chunk(*cases))
-    assert run.work("speed", [case.name for case in cases], CPU, tmp_path, time.time() + 1000) == 0
-    found = run.read(tmp_path / "speed.json")["cases"]
-    assert "CUDA error: something" in found["broken"]["failed"]
-    assert found["refused"]["failed"] == "not installed"
-    assert found["good"]["x"] == found["last"]["x"] == 1.0
-    assert [list(done) for done in seen] == [[], ["good"]]
-    text = run.page(tmp_path)
-    assert "good, last" in text
-    assert "- broken failed: RuntimeError: CUDA error: something" in text
+    tensors = 20 * 10**9
+    assert budget(card_like("NVIDIA H200", within(tensors))) == pytest.approx(tensors + CONTEXT, abs=100)
 
 
-def test_a_case_is_not_begun_without_time_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(run.CHUNKS, "speed", chunk(Case("long", lambda _: {}, seconds=100)))
-    assert run.work("speed", ["long"], CPU, tmp_path, time.time() + 50) == 0
-    assert run.run_chunk("speed", "", CPU, tmp_path, time.time() + 50) == 1
-    assert not (tmp_path / "speed.json").exists()
+def test_half_of_trls_memory_is_given_where_it_is_possible_and_else_the_least(tmp_path: Path) -> None:
+    from finetune.model.hardware import detect
+
+    rows = Rows("chats", 512, 1, 2, count=20)
+    config = rows_.config(rows, tmp_path, steps=2, quantization="nf4", train={"fit": "auto"})
+    data = rows_.prepare(rows, tmp_path, "tiny", config)
+    card = dataclasses.replace(detect(), device="cuda", name="NVIDIA H200", memory=140 * 2**30)
+    least, needed = least_fit(config, data, "tiny", card)
+    assert (least.micro_batch, least.accumulation, least.recomputed, least.offload) == (1, 2, 4, True)
+    tight = speed._bound(speed.IN_HALF, config, data, "tiny", card, 1.9 * needed / 1e9)
+    assert (tight.memory, tight.fit, tight.said["half_possible"]) == (None, least, False)
+    roomy = speed._bound(speed.IN_HALF, config, data, "tiny", card, 2.1 * needed / 1e9)
+    assert (roomy.memory, roomy.fit) == (within(round(2.1 * needed / 2)), None)
+    assert speed._bound(speed.IN_TRLS, config, data, "tiny", card, 3.0).memory == within(3 * 10**9)
+    with pytest.raises(Failed, match="TRL's defaults"):
+        speed._bound(speed.IN_HALF, config, data, "tiny", card, None)
 
 
-def test_a_worker_that_dies_costs_its_case_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(run.CHUNKS, "speed", chunk(Case("one", lambda _: {}), Case("two", lambda _: {})))
-    monkeypatch.setattr(run.sys, "executable", "/bin/false")
-    (tmp_path / "speed.running").write_text("one")
-    assert run.run_chunk("speed", "", CPU, tmp_path, time.time() + 1000) == 0
-    found = run.read(tmp_path / "speed.json")["cases"]
-    assert list(found) == ["one", "two"]
-    assert all("its process ended with 1" in case["failed"] for case in found.values())
+def test_twelve_steps_after_three_are_measured() -> None:
+    steps = Steps()
+    steps.times = [float(2**number) for number in range(WARM_UP + MEASURED)]
+    assert len(steps.seconds) == MEASURED
+    assert steps.seconds[0] == 2**WARM_UP - 2 ** (WARM_UP - 1)
 
 
-def test_retry_forgets_failures_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(run.CHUNKS, "speed", chunk(Case("one", lambda _: {}, seconds=10**6), Case("two", lambda _: {})))
-    write({"cases": {"one": {"failed": "then"}, "two": {"x": 1}}}, tmp_path / "speed.json")
-    assert run.run_chunk("speed", "", CPU, tmp_path, time.time() + 60) == 0
-    assert run.run_chunk("speed", "", CPU, tmp_path, time.time() + 60, retry=True) == 1
-    assert run.read(tmp_path / "speed.json")["cases"] == {"two": {"x": 1}}
+def test_the_plans_errors_are_told_apart() -> None:
+    found = {"planned_tensors_gb": 9.0, "planned_gb": 9.6, "peak_gb": 10.0, "reserved_gb": 11.0, "outside_gb": 1.0}
+    speeds = {"planned_tokens_per_s": 150.0, "tokens_per_s": 100.0}
+    assert errors(found | speeds) == pytest.approx({"error": -0.1, "total_error": -0.2, "time_error": 0.5})
+    on_a_cpu = dict.fromkeys(found, 0.0) | {"planned_tokens_per_s": None, "tokens_per_s": 100.0}
+    assert errors(on_a_cpu) == {"error": None, "total_error": None, "time_error": None}
+
+
+def test_tuned_without_recomputation_has_the_same_step_in_smaller_pieces() -> None:
+    cuda = Device("cuda", tiny=False)
+    settings = trl_settings(NOT_RECOMPUTED, speed.DATA["dense 2k"], None, cuda)
+    assert settings["gradient_checkpointing"] is False
+    assert settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] == 8
+    assert trl_settings("trl tuned", speed.DATA["dense 2k"], None, cuda)["per_device_train_batch_size"] == 8
+
+
+def test_the_table_says_what_was_compared_and_what_cannot_be() -> None:
+    def run_of(tokens: float, peak: float, attention: str = "sdpa", **more: Any) -> dict[str, Any]:
+        fit = {"micro_batch": 2, "accumulation": 1, "recomputed": 32, "offload": False}
+        times = {"step_s": 1.0, "shortest_s": 0.9, "longest_s": 1.25}
+        base = {"loss_tokens_per_s": tokens, "peak_gb": peak, "of_ceiling": 0.5, "mean_loss": 2.0}
+        return base | times | {"fit": fit, "attention": attention} | more
+
+    found = {
+        "m, chats, trl defaults": run_of(100, 10),
+        "m, chats, trl tuned": run_of(150, 12),
+        "m, chats, trl tuned, flex": run_of(160, 12, "flex_attention"),
+        f"m, chats, {speed.IN_HALF}": run_of(240, 8, "varlen", half_possible=False, half_gb=5.0, least_gb=7.5),
+        "m, chats, ft auto": run_of(320, 20, "varlen"),
+        "m, chats, ft auto, again": run_of(304, 20, "varlen"),
+    }
+    text = speed.table(found)
+    assert "TRL's quickest tuned, without flash-attn" in text
+    ours = next(line for line in text.splitlines() if line.startswith("| m, chats, ft auto |"))
+    assert "| 1 (0.9–1.25) | 20 | 0.5 | varlen | 2 × 1 | 32 | 3.2 | 2 | 2 | 1.67 | 2 |" in ours
+    assert "half of what TRL's defaults took is 5.0 GB, and by the plan nothing trains this in less than 7.5 GB" in text
+    assert "m, chats, ft auto: measured again at another time, 0.950× the speed" in text
+    flash = found | {"m, chats, trl tuned": run_of(150, 12, "flash_attention_2")}
+    assert "without flash-attn" not in speed.table(flash)
+
+
+# -- cases and models ---------------------------------------------------------------------------------------------
 
 
 def test_names_of_cases_are_never_the_same() -> None:
-    for one in run.CHUNKS.values():
+    for one in CHUNKS.values():
         for tiny in (True, False):
             names = [case.name for case in one.cases(tiny)]
             assert names

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.jobs import steps_of_ours, steps_of_trl
-from benchmarks.measuring import ROOT, Failed, Line, in_turn, last_words, medians, ratio, rounded, run, write
+from benchmarks import jobs, train
+from benchmarks.jobs import Job, steps_of_ours, steps_of_trl
+from benchmarks.measuring import ROOT, Ended, Failed, Line, in_turn, last_words, medians, ratio, rounded, run, write
 
 
 def test_a_process_is_timed_line_by_line(tmp_path: Path) -> None:
@@ -82,6 +85,44 @@ def test_steps_are_read_from_either_trainers_output() -> None:
     ]
     found = steps_of_trl(trl)
     assert (found.losses, found.tokens, found.seconds) == ([3.0, 2.0], [100.0, 220.0], 1.0)
+
+
+def test_a_loss_that_is_no_number_is_read_too() -> None:
+    lines = [Line(1.0, "{'loss': nan, 'grad_norm': inf}"), Line(2.0, "{'loss': 'nan'}"), Line(3.0, "{'loss': -inf}")]
+    losses = steps_of_trl(lines).losses
+    assert [math.isnan(loss) for loss in losses] == [True, True, False]
+    assert losses[2] == -math.inf
+
+
+def test_tokens_are_counted_once_for_both_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL counts the line feed behind each answer too: here it says 110 a step where there are 100."""
+    said = {
+        "finetune.cli": [
+            '{"event": "data", "tokens": 1000, "supervised_tokens": 600, "sequences": 40}',
+            '{"event": "metrics", "loss": 3.0}',
+            '{"event": "metrics", "loss": 2.0}',
+        ],
+        "sft": ["{'loss': 3.0, 'num_tokens': 110}", "{'loss': 2.0, 'num_tokens': 220}"],
+    }
+
+    def ended(command: list[str], folder: Path) -> Ended:
+        texts = next(texts for key, texts in said.items() if key in command)
+        return Ended(0, 9.0, 8.0, 100.0, [Line(float(number), text) for number, text in enumerate(texts)])
+
+    monkeypatch.setattr(train, "run", ended)
+    case = train.Measured(Job(steps=2, micro_batch=4, length=64), tmp_path, tmp_path)
+    with pytest.raises(Failed, match="counts the tokens for both"):
+        case.trl()
+    assert case.ours()["loss_tokens_per_s"] == case.trl()["loss_tokens_per_s"] == 4 * 600 / 40
+    assert case.tokens_per_step == {"ours": 100.0, "trl": 110.0}
+
+
+def test_trl_computes_in_bfloat16_on_a_cpu_only_where_that_is_the_case(tmp_path: Path) -> None:
+    job = Job(steps=2, micro_batch=4, length=64)
+    plain = jobs.trl(job, tmp_path, tmp_path)
+    assert (plain[plain.index("--dtype") + 1], plain[plain.index("--bf16") + 1]) == ("float32", "False")
+    half = jobs.trl(dataclasses.replace(job, trl_bfloat16=True), tmp_path, tmp_path)
+    assert (half[half.index("--dtype") + 1], half[half.index("--bf16") + 1]) == ("bfloat16", "True")
 
 
 def test_a_result_is_written_whole_with_four_digits(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
-from benchmarks.gpu.pack import Target, keep_one_cuda, needs
+from benchmarks.gpu.pack import Target, keep_one_cuda, listed, missing, needs
 
 TARGET = Target(python="3.12", machine="x86_64", cuda="13.0")
 
@@ -63,3 +64,16 @@ def test_needs_are_those_of_the_target_and_not_of_this_machine(tmp_path: Path) -
         "Requires-Dist: mlx; sys_platform == 'darwin'\nRequires-Dist: pytest; extra == 'test'\n"
     )
     assert [one.name for one in needs(wheel(tmp_path, {}, metadata), TARGET)] == ["torch"]
+
+
+def test_what_is_there_in_a_version_that_will_not_do_is_carried(capsys: pytest.CaptureFixture[str]) -> None:
+    there = listed("# pip list\ndill==0.3.9\nPyArrow == 20.0\nmine @ file:///x\ntorch==2.11.0+cu130\n\n")
+    assert there == {"dill": "0.3.9", "pyarrow": "20.0", "mine": None, "torch": "2.11.0+cu130"}
+    assert not missing(Requirement("dill>=0.3.0,<0.4.1"), there)
+    assert missing(Requirement("dill>=0.4"), there)
+    assert not missing(Requirement("pyarrow"), there)
+    assert not missing(Requirement("mine>=7"), there)
+    assert missing(Requirement("xxhash"), there)
+    # The machine's own torch is never replaced, but somebody has to know.
+    assert not missing(Requirement("torch>=2.12"), there)
+    assert "the machine has torch 2.11.0+cu130, and torch>=2.12 is asked for" in capsys.readouterr().out
