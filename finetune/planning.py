@@ -24,8 +24,9 @@ from finetune.plan.estimate import (
     setup_of,
 )
 from finetune.plan.facts import Base, base_of
-from finetune.plan.fit import RESERVE, budget, changes_that_fit, cut_as, largest_micro_batch, longest_sequence
-from finetune.plan.gpus import Card, card_here, card_of_vram, cards, find_card
+from finetune.plan.fit import RESERVE, Wish, budget, changes_that_fit, cut_as, largest_micro_batch, longest_sequence
+from finetune.plan.gpus import Card, card_of_vram, cards, find_card
+from finetune.plan.here import card_here
 from finetune.plan.memory import adapter_parameters, parameters
 from finetune.plan.setup import Setup
 from finetune.plan.time import EFFICIENCY
@@ -71,7 +72,14 @@ def plan(
         f"base: {config.base}, {_count(parameters(shape))} parameters in {shape.layers} layers ({base.source}); "
         f"{config.quantization}, an adapter of {_count(adapter)}"
     )
+    if base.quantised is not None:
+        console.warn(
+            f"{config.base} is quantised already ({base.quantised}), and is planned as if it were not; `ft train` "
+            "takes no such base, but for bitsandbytes' 4 bit as `nf4`: give the one in 16 bit that it was made from"
+        )
     if card is not None:
+        if card.note is not None:
+            console.say(f"planned for {card.note}")
         _show_card(config, base, amount, outcome(config, base, amount, card), console)
     else:
         _show_cards([outcome(config, base, amount, card) for card in cards()], console)
@@ -126,21 +134,20 @@ def outcome(config: Config, base: Base, amount: Amount, card: Card) -> Outcome:
     changes: tuple[str, ...] = ()
     fit = chosen_fit(config, setup, amount, card)
     if fit is None:
-        changed = changes_that_fit(
+        effective = config.train.micro_batch_size * config.train.gradient_accumulation_steps
+        wish = Wish(
             setup,
             amount,
-            config.train.micro_batch_size * config.train.gradient_accumulation_steps,
-            budget(card),
-            card,
-            evaluated=evaluates(config),
-            keep_recomputed=kept_recomputed(config, base.shape.layers),
-            keep_offload=kept_offload(config),
+            config.lora.alpha,
+            cut=as_written(config, base.shape.layers, "cuda") if config.train.fit == "as-written" else None,
+            recomputed=kept_recomputed(config, base.shape.layers),
+            offload=kept_offload(config),
         )
+        changed = changes_that_fit(wish, effective, budget(card), card, evaluated=evaluates(config))
         if changed is None:
             return Outcome(card, setup, None)
-        setup, amount, fit = changed.setup, changed.amount, changed.fit
-        changes = (*(("train.fit=auto",) if config.train.fit == "as-written" else ()), *changed.changes)
-    setup = cut_as(setup, fit)
+        setup, amount, fit, changes = changed.wish.setup, changed.wish.amount, changed.fit, changed.changes
+    setup = cut_as(setup, fit, amount)
     found = estimate(config, setup, amount, card, stored_bytes=base.stored_bytes, here=base.here)
     return Outcome(card, setup, found, changes)
 
@@ -193,7 +200,7 @@ def _show_card(config: Config, base: Base, amount: Amount, one: Outcome, console
     parts = {name: part for name, part in found.memory.as_dict().items() if part} | {"total": found.memory.total}
     unit = max(found.memory.total, found.evaluation) / BAR
     if found.evaluation:
-        parts["evaluation"] = found.evaluation
+        parts["evaluation, a row at a time"] = found.evaluation
     rows = [[name, size(part), "█" * round(part / unit)] for name, part in parts.items()]
     console.table(["memory at the peak", "", ""], rows, stdout=True)
     console.data("")
@@ -215,6 +222,8 @@ def _lines(config: Config, base: Base, amount: Amount, one: Outcome, found: Esti
     yield ["tokens", f"{found.tokens:,}", f"{counted}; in {found.steps:,} steps"]
     speed = f"{found.tokens_per_second:,.0f} tokens a second"
     yield ["speed", speed, f"operations and bytes, at {EFFICIENCY:.0%} of what the card could"]
+    if setup.kernels.fused:
+        yield ["", "liger-kernel", "assumed to be there (the extra `fast`); without it, slower, in the same memory"]
     yield ["time", duration(found.seconds), "training alone, without loading and evaluation"]
     price = (
         "nobody was found who rents it out" if card.price is None else f"${card.price:.2f} an hour: {card.price_from}"
@@ -230,8 +239,8 @@ def _lines(config: Config, base: Base, amount: Amount, one: Outcome, found: Esti
     ]
     yield ["", size(disk.merged), "merged (`ft merge`)"]
     yield ["", f"{size(disk.gguf_q8_0)} · {size(disk.gguf_q4_k_m)}", "GGUF in q8_0 · q4_k_m (`ft export`)"]
-    yield ["RAM", size(ram.training), "training"]
-    yield ["", size(ram.merging), "merging, as measured"]
+    yield ["RAM", size(ram.training), "training; libraries as with torch's build for CPUs, CUDA's is larger"]
+    yield ["", size(ram.merging), "merging, as measured on bases of 1.1 to 8 billion parameters"]
     yield ["", size(ram.exporting), "exporting to GGUF, with the proof"]
 
 
@@ -250,10 +259,16 @@ def _count(parameters: int) -> str:
 
 def _event(one: Outcome) -> dict[str, object]:
     """A card's outcome for `--json`."""
-    if one.estimate is None:
-        return {"card": one.card.label, "fits": False, "changes": None}
-    about = {"changes": list(one.changes), "error_bounds": ERROR_BOUNDS, "setup": _settings(one.setup)}
-    return about | one.estimate.as_dict()
+    found = {} if one.estimate is None else one.estimate.as_dict()
+    said = {
+        "card": one.card.label,
+        # As it is written; and what makes it fit where it does not: nothing where nothing does.
+        "fits": one.estimate is not None and not one.changes,
+        "fits_with": list(one.changes),
+        "error_bounds": ERROR_BOUNDS,
+        "setup": _settings(one.setup),
+    }
+    return found | said
 
 
 def _settings(setup: Setup) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_every_config_and_recipe_can_be_planned_offline(
     run_plan(path, tmp_path, *overrides, json_events=True, vram="24GB")
     (event,) = events(capsys.readouterr().out)
     assert event["fits"]
-    assert event["changes"] == []
+    assert event["fits_with"] == []
     assert event["memory"]["total"] <= event["available"]
     assert event["seconds"] > 0
     assert event["error_bounds"] == "not measured yet"
@@ -92,8 +93,9 @@ def test_the_list_says_what_would_have_to_change(
     run_plan(recipe, tmp_path, f"data=[{{path: {rows}}}]", "quantization=none", json_events=True)
     found = {event["card"]: event for event in events(capsys.readouterr().out)}
     assert len(found) == len(cards())
-    assert found["H200, 141 GB"]["changes"] == []
-    assert "quantization=nf4" in found["RTX 3060, 12 GB"]["changes"]
+    large, small = found["H200, 141 GB"], found["RTX 3060, 12 GB"]
+    assert (large["fits"], large["fits_with"]) == (True, [])
+    assert (small["fits"], small["fits_with"]) == (False, ["quantization=nf4"])
 
 
 def test_what_fits_nowhere_says_so(tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,9 +104,9 @@ def test_what_fits_nowhere_says_so(tmp_path: Path, rows: Path, capsys: pytest.Ca
     run_plan(config, tmp_path, gpu="rtx-3060")
     assert "does not fit, whatever is changed" in capsys.readouterr().out
     run_plan(config, tmp_path, json_events=True, gpu="rtx-3060")
-    assert events(capsys.readouterr().out) == [
-        {"event": "plan", "card": "RTX 3060, 12 GB", "fits": False, "changes": None}
-    ]
+    (event,) = events(capsys.readouterr().out)
+    assert (event["card"], event["fits"], event["fits_with"]) == ("RTX 3060, 12 GB", False, [])
+    assert "memory" not in event
 
 
 def test_the_card_that_is_here_is_planned_for(
@@ -112,13 +114,43 @@ def test_the_card_that_is_here_is_planned_for(
 ) -> None:
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 3090, 24576, 2048'\n")
+    program.write_text("#!/bin/sh\necho '0, GPU-1, 24576, 2048, 8.6, NVIDIA GeForce RTX 3090'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     run_plan(QUICKSTART, tmp_path)
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert out.startswith("RTX 3090, 24 GB: fits\n")
     assert "2.0 GiB in use" in out
+    assert "planned for" not in err
+    program.write_text(program.read_text() + "echo '1, GPU-2, 12288, 0, 8.6, NVIDIA GeForce RTX 3060'\n")
+    run_plan(QUICKSTART, tmp_path)
+    assert "planned for NVIDIA GeForce RTX 3090 (GPU 0 of nvidia-smi), of 2 that are here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", [{"quant_method": "gptq", "bits": 4}, {"load_in_4bit": True}])
+def test_a_base_that_is_quantised_already_is_not_planned_without_a_word(
+    method: dict[str, Any], tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(ROOT / "data" / "samples" / "quickstart-base", base)
+    facts = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(facts | {"quantization_config": method}))
+    config = tmp_path / "a.yaml"
+    config.write_text(f"base: ./base\ndata: [{{path: {rows}}}]\nchat_template: plain\n")
+    run_plan(config, tmp_path, "evaluation.split=0", gpu="t4")
+    assert f"quantised already ({method.get('quant_method', 'in some way')})" in capsys.readouterr().err
+
+
+def test_what_was_assumed_and_where_it_was_measured_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_plan(QUICKSTART, tmp_path, gpu="rtx-4090")
+    out = capsys.readouterr().out
+    assert "liger-kernel" in out
+    assert "torch's build for CPUs" in out
+    assert "bases of 1.1 to 8 billion parameters" in out
+    assert "a row at a time" in out
+    run_plan(QUICKSTART, tmp_path, "speed.fused=false", gpu="rtx-4090")
+    assert "liger-kernel" not in capsys.readouterr().out
 
 
 def test_a_guess_is_said_to_be_one(tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:

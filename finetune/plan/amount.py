@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from finetune.config.schema import Train
@@ -65,6 +67,23 @@ class Amount:
             below = reached
         return mean
 
+    def most(self, count: int, *, together: bool) -> int:
+        """Tokens of the largest micro batch of `count` sequences, or of as many as there are: of the longest ones, end
+        to end (`together`), or each filled up to the longest of all. It is the one that training tries first
+        (train/batches.py, `longest`)."""
+        if not together:
+            return min(count, self.sequences) * self.longest
+        at = bisect_left(self._sums[0], min(count, self.sequences))
+        seen, tokens = (self._sums[0][at - 1], self._sums[1][at - 1]) if at else (0, 0)
+        return tokens + (min(count, self.sequences) - seen) * self.lengths[-1 - at]
+
+    @cached_property
+    def _sums(self) -> tuple[list[int], list[int]]:
+        """How many sequences are at least as long as each length, the longest first, and their tokens."""
+        counts = self.counts[::-1]
+        tokens = (length * count for length, count in zip(self.lengths[::-1], counts, strict=True))
+        return list(accumulate(counts)), list(accumulate(tokens))
+
     def shortened(self, limit: int) -> Amount:
         """As many tokens in sequences of at most `limit`: longer ones are taken to be split."""
         kept: dict[int, int] = {}
@@ -123,10 +142,17 @@ def steps_in_all(sequences: int, train: Train) -> int:
     return max(1, math.ceil(per_epoch * train.epochs))
 
 
+def sequences_in(steps: int, sequences: int, train: Train) -> int:
+    """Sequences that so many steps train on: an epoch's last step may be short of some."""
+    in_a_step = train.micro_batch_size * train.gradient_accumulation_steps
+    epochs, rest = divmod(steps, math.ceil(sequences / in_a_step))
+    return epochs * sequences + min(sequences, rest * in_a_step)
+
+
 def typical(setup: Setup, amount: Amount) -> Setup:
     """The setup's average micro batch, where the setup itself describes the largest."""
     together = setup.kernels.attention == "varlen"
     sequence = amount.tokens / amount.sequences if together else amount.padded(setup.micro_batch)
     real = amount.tokens / amount.sequences / sequence
     length = max(1, round(sequence))
-    return replace(setup, sequence=length, row=min(length, amount.row), supervised=amount.share * real)
+    return replace(setup, most=None, sequence=length, row=min(length, amount.row), supervised=amount.share * real)

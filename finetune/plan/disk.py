@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from finetune.config.schema import Config
+from finetune.plan import saved
 from finetune.plan.memory import Memory, adapter_parameters, parameters
 from finetune.plan.setup import Setup
 
@@ -12,7 +13,7 @@ MIB = 2**20
 
 LIBRARIES = 504 * MIB
 """A process with torch, transformers, peft, trl and bitsandbytes loaded: measured, with torch's build for CPUs (2.13).
-Its build for CUDA is larger, by how much is not measured."""
+Its build for CUDA is larger, by how much is not measured (whoever prints this says so)."""
 
 MERGE = 319 * MIB
 """`ft merge`, measured on bases of 1.1 to 8 billion parameters: 318 to 321 MB (docs/export.md). It reads in pieces."""
@@ -76,14 +77,16 @@ def checkpoint_bytes(config: Config, adapter: int) -> int:
 
 
 def ram_of(setup: Setup, memory: Memory) -> Ram:
-    """Training on a GPU: the libraries, the largest tensor on its way to the card, what is offloaded. On a CPU it is
-    all of the memory. Exporting includes the proof: one layer and the embedding in float32 (docs/export.md)."""
+    """Training on a GPU: the libraries, the largest tensor on its way to the card, what is offloaded: pinned blocks,
+    each as large as the next power of two (aten/core/CachingHostAllocator.h). On a CPU it is all of the memory.
+    Exporting includes the proof: one layer and the embedding in float32 (docs/export.md)."""
     shape = setup.shape
-    block = sum(linear.parameters for linear in shape.linears) + shape.vectors
+    layer = sum(linear.parameters for linear in shape.linears) + shape.vectors
     embedding = shape.vocabulary * shape.hidden
     if setup.dtype_bytes == 4:
         training = LIBRARIES + memory.total - memory.context
     else:
-        waiting = setup.recomputed * setup.tokens * shape.hidden * setup.dtype_bytes if setup.offload else 0
+        block = setup.tokens * shape.hidden * saved.residual_bytes(setup)
+        waiting = setup.recomputed * 2 ** (block - 1).bit_length() if setup.offload else 0
         training = LIBRARIES + 2 * embedding + waiting
-    return Ram(training=training, merging=MERGE, exporting=EXPORT + 4 * (embedding + block))
+    return Ram(training=training, merging=MERGE, exporting=EXPORT + 4 * (embedding + layer))

@@ -6,20 +6,24 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from finetune.config.schema import Config
-from finetune.plan.amount import Amount, steps_in_all, typical
+from finetune.plan.amount import Amount, sequences_in, steps_in_all, typical
 from finetune.plan.disk import Disk, Ram, disk_of, ram_of
 from finetune.plan.fit import budget, cut_as, evaluation_bytes, fitted
 from finetune.plan.gpus import Card
 from finetune.plan.memory import Memory, training_memory
-from finetune.plan.setup import Fit, Kernels, Setup, Shape
+from finetune.plan.setup import HEAD, Fit, Kernels, Setup, Shape
 from finetune.plan.time import work_of
 
 OWN_ATTENTION = ("gemma2", "falcon")
 """Families whose attention takes no other in its place: a soft cap on the scores, ALiBi or no interface for it
 (`model/kernels/attention.py` decides on the real model; a test holds the two together)."""
 
-LARGEST_FLASH_HEAD = 192
-"""Wider heads have flash attention's backward pass on a few chips only (torch, flash_api.cpp)."""
+EAGER = ("gemma2",)
+"""Families that compute attention in plain torch, having no sdpa (model/base.py, `_attention`; a test asks transformers
+for each family)."""
+
+LARGEST_FLASH_HEAD, WIDE_HEADS, WIDEST_HEAD = 192, {(8, 0), (9, 0), (10, 0)}, 256
+"""Wider heads have flash attention's backward pass on these chips only (torch, flash_api.cpp), up to the widest."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +85,25 @@ class Estimate:
 def expected_kernels(config: Config, shape: Shape, card: Card | None) -> Kernels:
     """Which faster ways a run will use, as far as that can be said without the model. None for the card is the CPU.
 
-    Flash attention asks for Ampere or later, which is where bfloat16 begins too.
+    Compiled layers have no kernels of ours (train/speed.py). An adapter on the head leaves that to TRL.
     """
-    speed = config.speed
-    flash = card is None or (card.bf16 and shape.head_dim <= LARGEST_FLASH_HEAD)
-    varlen = speed.attention != "sdpa" and shape.model_type not in OWN_ATTENTION and flash
+    speed, own = config.speed, not config.speed.compile
+    varlen = speed.attention != "sdpa" and shape.model_type not in OWN_ATTENTION and _flash(shape.head_dim, card)
     return Kernels(
-        attention="varlen" if varlen else "sdpa",
-        fused=speed.fused is not False and shape.gated,
-        lora=speed.lora and config.lora.dropout == 0,
-        head=speed.head,
+        attention="varlen" if varlen else "eager" if shape.model_type in EAGER else "sdpa",
+        fused=own and speed.fused is not False and shape.gated,
+        lora=own and speed.lora and config.lora.dropout == 0,
+        head=speed.head and HEAD not in config.lora.targets,
     )
+
+
+def _flash(head_dim: int, card: Card | None) -> bool:
+    """Whether there is a kernel for rows end to end (model/kernels/attention.py, `_refused_by_gpu`). A CPU's needs
+    nothing, a GPU's Ampere or later, which is where bfloat16 begins too."""
+    if card is None:
+        return True
+    limit = WIDEST_HEAD if card.capability in WIDE_HEADS else LARGEST_FLASH_HEAD
+    return card.bf16 and head_dim <= limit and head_dim % 8 == 0
 
 
 def setup_of(
@@ -124,6 +136,8 @@ def setup_of(
         recomputed=fit.recomputed,
         offload=fit.offload,
         kernels=kernels,
+        dropout=config.lora.dropout > 0,
+        answer=config.evaluation.max_new_tokens if answers(config) else 0,
     )
 
 
@@ -147,7 +161,10 @@ def kept_recomputed(config: Config, layers: int) -> int | None:
 
 
 def kept_offload(config: Config) -> bool | None:
-    return None if config.train.offload == "auto" else config.train.offload
+    """What the config itself wants offloaded, or None where it leaves that open. Compiled layers never are."""
+    if config.train.offload == "auto":
+        return False if config.speed.compile else None
+    return config.train.offload
 
 
 def chosen_fit(config: Config, setup: Setup, amount: Amount, card: Card) -> Fit | None:
@@ -155,7 +172,7 @@ def chosen_fit(config: Config, setup: Setup, amount: Amount, card: Card) -> Fit 
     train = config.train
     if train.fit == "as-written":
         fit = as_written(config, setup.shape.layers, "cuda")
-        needed = training_memory(cut_as(setup, fit)).total
+        needed = training_memory(cut_as(setup, fit, amount)).total
         if evaluates(config):
             needed = max(needed, evaluation_bytes(setup))
         return fit if needed <= budget(card) else None
@@ -180,7 +197,7 @@ def estimate(config: Config, setup: Setup, amount: Amount, card: Card, *, stored
     effective = train.micro_batch_size * train.gradient_accumulation_steps
     memory = training_memory(setup)
     steps = steps_in_all(amount.sequences, train)
-    sequences = steps * effective if train.max_steps is not None else amount.sequences * train.epochs
+    sequences = sequences_in(steps, amount.sequences, train)
     seconds = work_of(typical(setup, amount)).seconds(card) * sequences / setup.micro_batch
     hours = seconds / 3600
     return Estimate(
@@ -201,4 +218,10 @@ def estimate(config: Config, setup: Setup, amount: Amount, card: Card, *, stored
 
 
 def evaluates(config: Config) -> bool:
+    """Whether rows are held out."""
     return config.evaluation.path is not None or config.evaluation.split > 0
+
+
+def answers(config: Config) -> bool:
+    """Whether the evaluation also writes answers (evaluate/compare.py)."""
+    return evaluates(config) and (config.evaluation.samples > 0 or config.evaluation.metric == "exact-match")

@@ -28,6 +28,8 @@ class Base:
     """Where its tokenizer is, if it can be had."""
     why_not: str | None = None
     """Why there is no folder."""
+    quantised: str | None = None
+    """How its files are quantised already, in the word of its config.json."""
 
 
 def base_of(config: Config) -> Base:
@@ -63,4 +65,7 @@ def _cached(config: Config) -> Path | None:
 
 def _described(facts: Mapping[str, object], place: str, source: str, folder: Path | None, *, here: bool) -> Base:
     dtype = facts.get("dtype", facts.get("torch_dtype"))
-    return Base(shape_of(facts, place), source, 4 if dtype == "float32" else 2, here, folder)
+    method = facts.get("quantization_config")
+    quantised = str(method.get("quant_method", "in some way"))[:40] if isinstance(method, Mapping) else None
+    stored = 4 if dtype == "float32" else 2
+    return Base(shape_of(facts, place), source, stored, here, folder, quantised=quantised)

@@ -1,9 +1,9 @@
-"""The cards: found by a name however it is written, by their memory, or on this machine."""
+"""The cards: found by a name however it is written, or by their memory. Which of them is here: `here.py`."""
 
 from __future__ import annotations
 
 import re
-import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -16,6 +16,9 @@ TABLE = Path(__file__).with_name("gpus.yaml")
 
 GIB = 2**30
 
+Capability = tuple[int, int]
+"""NVIDIA's compute capability, such as (8, 9) for Ada: the generation of the chip."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -24,7 +27,7 @@ class Card:
     name: str
     called: tuple[str, ...]
     """Other names: what torch and nvidia-smi say, without the maker's."""
-    gb: int
+    gb: float
     """The memory that it is sold with."""
     memory: int
     """Bytes that CUDA reports."""
@@ -32,8 +35,7 @@ class Card:
     """Bytes a second between memory and chip."""
     rate: float
     """Floating point operations a second: dense 16-bit matrices, summed up in float32."""
-    bf16: bool
-    """Whether it computes in bfloat16; otherwise in float16, at the same rate."""
+    capability: Capability
     watts: int
     price: float | None
     """US dollars an hour, or None where it is not for rent."""
@@ -41,11 +43,18 @@ class Card:
     """Where and when that was the price."""
     in_use: int = 0
     """Bytes that others use at this moment, on a card that is here."""
+    note: str | None = None
+    """Why it is this card that is planned for, where several are here."""
+
+    @property
+    def bf16(self) -> bool:
+        """Whether it computes in bfloat16; otherwise in float16, at the same rate."""
+        return self.capability >= (8, 0)
 
     @property
     def label(self) -> str:
         """The name, with the memory where the name does not say it."""
-        return self.name if self.name.endswith("GB") else f"{self.name}, {self.gb} GB"
+        return self.name if self.name.endswith("GB") else f"{self.name}, {self.gb:g} GB"
 
 
 @cache
@@ -62,7 +71,7 @@ def cards() -> tuple[Card, ...]:
             memory=int(row["memory"] * GIB),
             bandwidth=row["bandwidth"] * 1e9,
             rate=row["tflops"] * 1e12,
-            bf16=row["bf16"],
+            capability=(row["capability"][0], row["capability"][1]),
             watts=row["watts"],
             price=row["price"],
             price_from=table["prices"][row["from"]] if row["price"] is not None else None,
@@ -72,11 +81,13 @@ def cards() -> tuple[Card, ...]:
 
 
 def find_card(text: str) -> Card:
-    """The card of a name: `rtx-4090`, `4090` and `NVIDIA GeForce RTX 4090` are one.
+    """The card of a name: `rtx-4090`, `4090`, `NVIDIA GeForce RTX 4090` and `RTX 4090, 24 GB` are one.
 
     Raises ConfigError for a name that the table does not have, with the nearest that it has.
     """
-    found = _called(text)
+    if not _key(text):
+        raise ConfigError("--gpu: no name of a card", hint="`ft plan CONFIG` lists all cards that are known")
+    found = _called(text) or _called_with_size(text)
     if found:
         return found[0]
     names = {_key(card.name): card.name for card in cards()}
@@ -88,62 +99,81 @@ def find_card(text: str) -> Card:
     )
 
 
-def card_of_vram(text: str) -> Card:
-    """A card of so much memory (`12GB`, `12`): the slowest of the table that is sold with it, so that no time is
-    promised that another would not keep. Of a size that none has, the next smaller one's speed.
+LARGEST_SIZE = 1024
+"""GB: more than any card has, so that a typing error is not planned for."""
 
-    Raises ConfigError for what is no size, or too small for any.
+_UNITS = {"": 1.0, "g": 1.0, "gb": 1.0, "gib": 1.0, "m": 1000.0, "mb": 1000.0, "mib": 1024.0}
+"""So many of the unit are one GB. What is sold as a GB is 2**30 bytes, so that GB and GiB are the same here."""
+
+
+def card_of_vram(text: str) -> Card:
+    """Any card of so much memory (`12GB`, `7.5GB`, `12000MB`, `12`): of all in the table that are sold with it the
+    least memory, the least speed and the oldest chip, each for itself, so that nothing is promised that one of them
+    would not keep. Of a size that none has, those of the next smaller one.
+
+    Raises ConfigError for what is no size, too small for any, or larger than any.
     """
-    found = re.fullmatch(r"\s*(\d{1,4})\s*(g|gb|gib)?\s*", text, re.IGNORECASE)
-    if found is None:
+    found = re.fullmatch(r"\s*(\d{1,7}(?:\.\d{1,3})?)\s*([gm]i?b?)?\s*", text, re.IGNORECASE | re.ASCII)
+    unit = (found[2] or "").lower() if found else None
+    if found is None or unit not in _UNITS:
         raise ConfigError(f"--vram {text}: not a size", hint="write it as on the box, for instance 12GB")
-    gb = int(found[1])
+    gb = float(found[1]) / _UNITS[unit]
+    if gb > LARGEST_SIZE:
+        raise ConfigError(f"--vram {text}: no card has so much", hint="write it as on the box, for instance 12GB")
     smaller = [card for card in cards() if card.gb <= gb]
     if not smaller:
         least = min(card.gb for card in cards())
-        raise ConfigError(f"--vram {text}: the smallest card in the table has {least} GB", hint="use a smaller base")
-    size = max(card.gb for card in smaller)
-    slowest = min((card for card in smaller if card.gb == size), key=lambda card: (card.rate, card.bandwidth))
-    return replace(
-        slowest,
-        name=f"a card of {gb} GB",
+        raise ConfigError(f"--vram {text}: the smallest card in the table has {least:g} GB", hint="use a smaller base")
+    same = [card for card in smaller if card.gb == max(card.gb for card in smaller)]
+    rate = min(card.rate for card in same)
+    return Card(
+        name=f"a card of {gb:g} GB",
         called=(),
         gb=gb,
-        memory=int(slowest.memory * gb / slowest.gb),
+        memory=int(min(card.memory / card.gb for card in same) * gb),
+        bandwidth=min(card.bandwidth for card in same),
+        rate=rate,
+        capability=min(card.capability for card in same),
+        # At the least rate, what takes as much energy as the card that needs most of it for an operation.
+        watts=round(rate * max(card.watts / card.rate for card in same)),
         price=None,
         price_from=None,
     )
 
 
-def card_like(name: str, memory: int) -> Card:
-    """The card that a driver calls so and says to have `memory` bytes. Of one that the table does not have, the speed
-    of the largest with no more memory (of the smallest, if all have more). Never fails: this card is there."""
+def card_like(name: str, memory: int, capability: Capability | None = None) -> Card:
+    """The card that a driver calls so and says to have `memory` bytes. Never fails: this card is there.
+
+    One that the table does not have keeps its name, memory and capability. Its speed is taken from the largest card
+    with no more memory (from the smallest, if all have more) among those of its capability; where the table has none,
+    among those of the newest capability before it.
+    """
     known = _called(name)
     if known:
         like = min(known, key=lambda card: abs(card.memory - memory))
-    else:
-        smaller = [card for card in cards() if card.memory <= memory * 1.02]
-        like = max(smaller or [min(cards(), key=lambda card: card.memory)], key=lambda card: (card.memory, -card.rate))
-    price = (like.price, like.price_from) if known else (None, None)
-    return replace(like, name=like.name if known else name, memory=memory, price=price[0], price_from=price[1])
+        return replace(like, memory=memory)
+    kind = _of_capability(capability)
+    smaller = [card for card in kind if card.memory <= memory * 1.02]
+    like = max(smaller or [min(kind, key=lambda card: card.memory)], key=lambda card: (card.memory, -card.rate))
+    return replace(
+        like,
+        name=name,
+        called=(),
+        gb=max(1, round(memory / GIB)),
+        memory=memory,
+        capability=capability or like.capability,
+        price=None,
+        price_from=None,
+    )
 
 
-def card_here(timeout: float = 2.0) -> Card | None:
-    """The first card of this machine, with what is in use on it, as nvidia-smi says; None where that says nothing.
-
-    Needs no torch: the driver's program answers in a few hundredths of a second.
-    """
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, encoding="utf-8", timeout=timeout, check=True).stdout
-        name, total, used = (part.strip() for part in answer.splitlines()[0].rsplit(",", 2))
-        memory, in_use = int(total) * 2**20, int(used) * 2**20
-    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
-        return None
-    known = card_like(name, memory)
-    # What the driver reserves for itself is not among what nvidia-smi says is in use.
-    table = [card for card in cards() if card.name == known.name]
-    return replace(known, memory=min(memory, table[0].memory) if table else memory, in_use=in_use)
+def _of_capability(capability: Capability | None) -> Sequence[Card]:
+    """The cards of a capability, or of the newest before it; the oldest, if it is older than all."""
+    if capability is None:
+        return cards()
+    before = [card.capability for card in cards() if card.capability <= capability]
+    nearest = max(before) if before else min(card.capability for card in cards())
+    return [card for card in cards() if card.capability == nearest]
 
 
 def slug(name: str) -> str:
@@ -157,6 +187,12 @@ def _called(text: str) -> list[Card]:
     own = [card for card in cards() if key in (_key(card.name), _key(card.name).removeprefix("rtx"))]
     others = [card for card in cards() if card not in own and key in map(_key, card.called)]
     return own + others if key else []
+
+
+def _called_with_size(text: str) -> list[Card]:
+    """The cards of a name with the memory behind it, as labels have it: `T4, 16 GB`, `H100 80GB`."""
+    found = re.fullmatch(r"(.*?)[\s,_-]*(\d{1,4})[\s_-]*gi?b\s*", text[:200], re.IGNORECASE | re.ASCII)
+    return [card for card in _called(found[1]) if card.gb == int(found[2])] if found else []
 
 
 def _key(name: str) -> str:

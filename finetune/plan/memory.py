@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from finetune.errors import ConfigError
 from finetune.plan import saved
-from finetune.plan.setup import Linear, Quantization, Setup, Shape
+from finetune.plan.setup import HEAD, Linear, Quantization, Setup, Shape, Targets
 
 CONTEXT = round(0.55 * 2**30)
 """Bytes that CUDA's context, its libraries and cuBLAS's workspace take on a card before anything is computed. What the
@@ -26,8 +27,12 @@ TRL_TILE_TOKENS, TRL_TILE_WORDS = 4096, 32768
 HEAD_LOGITS, HEAD_LOGITS_CPU = 2**26, 2**24
 """Logits in one chunk of our head (model/kernels/head.py, `CHUNK_LOGITS`; a test holds them equal)."""
 
-EVALUATION_LOGITS, EVALUATION_SLICE = 2**28, 256
-"""Logits in one batch of an evaluation, and positions whose loss is computed at a time (evaluate/compare.py)."""
+SMALLEST_IN_8_BIT, SMALLEST_PAGED = 4096, 100_000
+"""Numbers of the smallest tensor whose optimizer state bitsandbytes keeps in 8 bit, and of the smallest that it pages
+(0.50, optim/optimizer.py)."""
+
+EVALUATION_SLICE = 256
+"""Positions whose loss is computed at a time in an evaluation (evaluate/compare.py)."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,9 @@ def training_memory(setup: Setup) -> Memory:
     shape, adapter = setup.shape, adapter_parameters(setup.shape, setup.rank, setup.targets)
     layer, kept_layers = saved.layer_saved(setup), shape.layers - setup.recomputed
     outside = outside_layers(setup)
-    in_head = kept_layers * layer + outside, head_bytes(setup)
+    # Until the forward pass ends, autocast keeps the copies that it made of A and B, those of recomputed layers too.
+    casts = setup.recomputed * saved.cast_weights(setup)
+    in_head = kept_layers * layer + outside + casts, head_bytes(setup)
     moments = [in_head, (kept_layers * layer + outside + last_backward(setup), hidden_gradient(setup))]
     if setup.recomputed:
         working = layer - saved.shared_with_checkpoint(setup) + transient(setup)
@@ -102,24 +109,57 @@ def training_memory(setup: Setup) -> Memory:
     )
 
 
-def evaluation_memory(shape: Shape, quantization: Quantization, dtype_bytes: int, rows_tokens: tuple[int, int]) -> int:
-    """Bytes of evaluating the loss, without the adapter (4 bytes a parameter of it): weights, one layer, logits.
+def evaluation_memory(setup: Setup) -> int:
+    """Bytes of the evaluation after a training: the least that it can do with, one row and one answer at a time.
 
-    rows_tokens  rows in all, and tokens of the longest
+    evaluate/compare.py takes more at once (2²⁸ logits, 16 answers), and halves that until memory suffices, so that one
+    at a time is what has to fit. Three moments, each counted on small models (tests/plan/test_memory.py):
 
-    evaluate/compare.py makes the logits of a whole batch in the compute dtype, at most 2²⁸ unless one row alone has
-    more, and turns 256 positions at a time into float32 (the logits, their logarithms, and a copy).
+    a layer   PEFT computes its float32 adapter without autocast: the layer's input and two or three tensors of its
+              output's size exist in float32 beside the 16-bit ones (`evaluated_layer`)
+    the loss  all logits of the row in the compute dtype; 256 positions at a time as float32, and their logarithms
+    answers   keys and values of the prompt (as long as the longest row) and of all that is written, with a copy of one
+              layer's, because each token's are appended to it (transformers, `DynamicCache`)
     """
-    rows, longest = rows_tokens
-    lines = max(1, min(rows, EVALUATION_LOGITS // max(1, shape.vocabulary * longest)))
-    tokens = lines * longest
-    widest = max(shape.intermediate * max(linear.active for linear in shape.linears), shape.hidden)
-    layer = dtype_bytes * tokens * (3 * widest + 2 * shape.hidden) + 4 * tokens * shape.hidden
-    logits = dtype_bytes * tokens * shape.vocabulary + dtype_bytes * tokens * shape.hidden
-    sliced = 3 * 4 * min(longest, EVALUATION_SLICE) * shape.vocabulary
-    context = CONTEXT if dtype_bytes == 2 else 0
-    at_once = max(layer + dequantized(shape, quantization, dtype_bytes), logits + sliced)
-    return weight_bytes(shape, quantization, dtype_bytes) + context + at_once
+    shape, size, row = setup.shape, setup.dtype_bytes, setup.row
+    weights = weight_bytes(shape, setup.quantization, size) + (CONTEXT if size == 2 else 0)
+    adapter = 4 * adapter_parameters(shape, setup.rank, setup.targets)
+    layer = evaluated_layer(setup) + dequantized(shape, setup.quantization, size)
+    copies = 2 if size == 2 else 1  # float32 logits are not copied to be float32
+    logits = shape.vocabulary * (size * row + copies * 4 * min(row, EVALUATION_SLICE))
+    if shape.model_type == "gemma2":  # its soft limit on logits makes new ones
+        logits = max(logits, 2 * size * row * shape.vocabulary)
+    one_token = 2 * shape.kv_heads * shape.head_dim * size  # its key and value in one layer
+    answers = 0
+    if setup.answer:
+        written = (row + setup.answer) * one_token * shape.layers + (row + setup.answer) * one_token // 2
+        answers = max(row * one_token * shape.layers + layer, written)
+    return weights + adapter + max(layer, logits, answers)
+
+
+def evaluated_layer(setup: Setup) -> int:
+    """What exists at once in one layer of one row without gradients, the hidden states between layers included: in the
+    MLP, or in attention where the MLP is narrow or the scores exist as a tensor."""
+    shape, size, row = setup.shape, setup.dtype_bytes, setup.row
+    active = max(linear.active for linear in shape.linears)
+    output, rest = (10, 12) if size == 2 else (12, 16)
+    joint = shape.gated and any(linear.name == "gate_up_proj" for linear in shape.linears)
+    # Beside a gate of its own stands the activation of the gate.
+    wide = 2 * output if joint else output + (size if shape.gated else 0)
+    mlp = wide * shape.intermediate * active + (rest + (4 if shape.model_type == "falcon" else 0)) * shape.hidden
+    queries = max(linear.outputs for linear in shape.linears if linear.name in saved.QUERIES)
+    if shape.linears[0].name in saved.JOINT:
+        attention = output * (queries + shape.hidden)
+    else:
+        attention = (26 if size == 2 else 36) * max(queries, shape.hidden)
+    squares = 0
+    if saved.scores_exist(setup):
+        by_model = setup.kernels.attention == "eager"
+        squares = (11 if by_model else 10) * shape.heads * row  # counted: 10 to 11, and 8.75 to 9.25, bytes a pair
+        attention = (26 if size == 2 else 36) * max(shape.hidden, shape.heads * shape.head_dim)
+        # A model's own attention hands its probabilities out, and its masks (with a window and without) stay.
+        mlp += size * row * (shape.heads + 2) if by_model else 0
+    return row * (max(mlp, attention + squares) + 2 * shape.head_dim * size + 8)
 
 
 # -- parameters ---------------------------------------------------------------------------------------------------
@@ -132,26 +172,39 @@ def parameters(shape: Shape) -> int:
     return shape.layers * block + shape.vocabulary * shape.hidden + head + shape.outside
 
 
-def adapter_parameters(shape: Shape, rank: int, targets: tuple[str, ...] | str) -> int:
+def adapter_parameters(shape: Shape, rank: int, targets: Targets) -> int:
     """Parameters of the adapter: rank × (inputs + outputs) for each adapted linear layer (arXiv 2106.09685).
+
+    Raises ConfigError for a target that is no linear layer of the model.
+    """
+    return sum(numbers * count for numbers, count in adapter_tensors(shape, rank, targets))
+
+
+@lru_cache(maxsize=256)
+def adapter_tensors(shape: Shape, rank: int, targets: Targets) -> tuple[tuple[int, int], ...]:
+    """The adapter's tensors: how many numbers, and how many tensors of that size. A and B of each adapted linear layer.
 
     Of experts, gate and up are one matrix, to which PEFT gives the rank of both (peft/utils, transformers_weight_
     conversion.py, `_convert_peft_config_moe`). Raises ConfigError for a target that is no linear layer of the model.
     """
-    names = {linear.name for linear in shape.linears}
+    linears = [linear for linear in shape.linears if linear.adapted]
+    found = []
     if not isinstance(targets, str):
+        # GPT-NeoX calls its head embed_out, which lora.targets does not know (model/adapter.py).
+        names = {linear.name for linear in shape.linears} | ({HEAD} if shape.model_type != "gpt_neox" else set())
         wanted = {_EXPERT_NAMES.get(target, target) for target in targets} if _has_experts(shape) else set(targets)
         unknown = sorted(wanted - names)
         if unknown:
             known = ", ".join(sorted(names))
             raise ConfigError(f"lora.targets: the base has no layer named {unknown[0]}", hint=f"it has: {known}")
-        names = wanted
-    per_layer = 0
-    for linear in shape.linears:
-        if linear.adapted if isinstance(targets, str) else linear.name in names:
-            doubled = 2 if linear.name == "gate_up_proj" and linear.copies > 1 else 1
-            per_layer += linear.copies * doubled * rank * (linear.inputs + linear.outputs)
-    return shape.layers * per_layer
+        linears = [linear for linear in shape.linears if linear.name in wanted]
+        if HEAD in wanted:
+            found += [(rank * shape.hidden, 1), (rank * shape.vocabulary, 1)]
+    for linear in linears:
+        doubled = 2 if linear.name == "gate_up_proj" and linear.copies > 1 else 1
+        each = linear.copies * doubled * rank
+        found += [(each * linear.inputs, shape.layers), (each * linear.outputs, shape.layers)]
+    return tuple(found)
 
 
 _EXPERT_NAMES = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"} | {
@@ -191,14 +244,19 @@ def weight_bytes(shape: Shape, quantization: Quantization, dtype_bytes: int) -> 
 def optimizer_bytes(setup: Setup) -> int:
     """AdamW's two moments: 8 bytes a parameter in float32; in 8 bit 2, and a float32 for each 256 of either.
 
-    Paged state lies in memory that the driver moves out of the GPU when room is needed (bitsandbytes, `get_paged`), so
-    it is not counted there; on a CPU nothing is paged. Small tensors, which bitsandbytes leaves in float32, are not
-    told apart.
+    bitsandbytes decides tensor by tensor (optim/optimizer.py): fewer than 4,096 numbers stay in float32
+    (`min_8bit_size`), and fewer than 100,000 are not paged (`get_state_buffer`). What is paged lies in memory that the
+    driver moves out of the GPU when room is needed, and is not counted there; the float32 for each 256 stays. On a CPU
+    nothing is paged.
     """
-    if setup.dtype_bytes == 2 and setup.optimizer.startswith("paged"):
-        return 0
-    count = adapter_parameters(setup.shape, setup.rank, setup.targets)
-    return 2 * count + 2 * 4 * math.ceil(count / 256) if setup.optimizer.endswith("8bit") else 8 * count
+    eight, paged = setup.optimizer.endswith("8bit"), setup.optimizer.startswith("paged") and setup.dtype_bytes == 2
+    found = 0
+    for numbers, count in adapter_tensors(setup.shape, setup.rank, setup.targets):
+        in_eight = eight and numbers >= SMALLEST_IN_8_BIT
+        moments = 2 * numbers * (1 if in_eight else 4)
+        scales = 2 * 4 * math.ceil(numbers / 256) if in_eight else 0
+        found += count * (scales + (0 if paged and numbers >= SMALLEST_PAGED else moments))
+    return found
 
 
 # -- a step -------------------------------------------------------------------------------------------------------
@@ -225,7 +283,7 @@ def outside_layers(setup: Setup) -> int:
 
 def mask_bytes(setup: Setup) -> int:
     """transformers' mask of sequence × sequence for each sequence, a byte a pair."""
-    return setup.micro_batch * setup.sequence**2 if saved.has_mask(setup) else 0
+    return setup.pairs if saved.has_mask(setup) else 0
 
 
 def dequantized(shape: Shape, quantization: Quantization, dtype_bytes: int) -> int:
@@ -285,7 +343,7 @@ def transient(setup: Setup) -> int:
     active = max(linear.active for linear in shape.linears)
     inside = setup.tokens * (hidden * shape.hidden + width * shape.intermediate * active)
     scores = saved.attention_squares(setup) if saved.scores_exist(setup) else 0
-    squares = 2 * 4 * shape.heads * setup.micro_batch * setup.sequence**2 if scores else 0
+    squares = 2 * 4 * shape.heads * setup.pairs if scores else 0
     return max(inside, squares - setup.tokens * saved.mlp(setup))
 
 

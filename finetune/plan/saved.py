@@ -22,8 +22,16 @@ from finetune.plan.setup import Linear, Setup
 NORM_BYTES = 4
 """Norms compute in float32 everywhere."""
 
+DROPPED_BYTES = 1
+"""Of what dropout keeps of each number on a GPU: whether it stayed."""
+
 LAYER_NORM = {"gpt_neox", "falcon"}
 """Families with LayerNorm, GELU and joint matrices; all others have RMSNorm."""
+
+JOINT = {"qkv_proj", "query_key_value"}
+"""Matrices that give queries, keys and values together."""
+
+QUERIES = JOINT | {"q_proj"}
 
 _FOUR_NORMS = {"gemma2", "gemma3_text"}
 _HEAD_NORMS = {"qwen3", "qwen3_moe", "gemma3_text", "olmo2"}
@@ -52,7 +60,7 @@ def has_mask(setup: Setup) -> bool:
     or padding, or where a window is shorter than the sequence. Without one, attention is plainly causal."""
     if setup.kernels.attention == "varlen":
         return False
-    window = setup.shape.window
+    window = setup.shape.window or setup.shape.local  # a layer without the window is counted as if it had it
     several = setup.row < setup.sequence or setup.micro_batch > 1
     return several or (window is not None and window < setup.sequence)
 
@@ -93,15 +101,17 @@ def lora_inputs(setup: Setup) -> int:
     """Inputs of the adapted linears, and the small products XA.
 
     What attention keeps anyway (its output) is not counted again unless it is copied; the activation's result that the
-    last linear of an MLP reads is counted here.
+    last linear of an MLP reads is counted here. Dropout copies too, and keeps which numbers it dropped: a byte each on
+    a GPU, on a CPU a number by which each is multiplied (aten/native/Dropout.cpp).
     """
     size, found = setup.dtype_bytes, 0
-    copies = size == 2 and not setup.kernels.lora
+    copies = _copies(setup)
+    mask = 0 if not setup.dropout else DROPPED_BYTES if size == 2 else size
     for linear in setup.shape.linears:
         if adapted(linear, setup):
             found += size * setup.rank * linear.active
             if copies:
-                found += size * linear.inputs * linear.active
+                found += (size + mask) * linear.inputs * linear.active
     if copies:
         return found
     for group in _same_input(setup):
@@ -151,7 +161,7 @@ def attention_squares(setup: Setup) -> int:
     scores (Gemma 2) its hyperbolic tangent.
     """
     shape, size = setup.shape, setup.dtype_bytes
-    square = setup.micro_batch * setup.sequence**2
+    square = setup.pairs
     if not scores_exist(setup):
         return size * square if has_mask(setup) else 0
     scores = NORM_BYTES
@@ -189,6 +199,11 @@ def int8_inputs(setup: Setup) -> int:
 # -- what a family is like ----------------------------------------------------------------------------------------
 
 
+def _copies(setup: Setup) -> bool:
+    """Whether every adapted linear keeps an input of its own: cast by PEFT and autocast, or with some of it dropped."""
+    return (setup.dtype_bytes == 2 or setup.dropout) and not setup.kernels.lora
+
+
 def _layer_norm(setup: Setup) -> bool:
     return setup.shape.model_type in LAYER_NORM
 
@@ -221,7 +236,7 @@ def _widths(setup: Setup) -> tuple[int, int]:
 
 
 def _joint(setup: Setup) -> bool:
-    return setup.shape.linears[0].name in {"qkv_proj", "query_key_value"}
+    return setup.shape.linears[0].name in JOINT
 
 
 def _same_input(setup: Setup) -> list[list[Linear]]:
@@ -278,5 +293,5 @@ def _result_of_hand(setup: Setup) -> int:
     """The result of attention by hand, which only the next linear's LoRA keeps, if it does not copy it."""
     shape = setup.shape
     output = next(linear for linear in shape.linears if linear.name in {"o_proj", "dense"})
-    keeps = adapted(output, setup) and (setup.dtype_bytes == 4 or setup.kernels.lora)
+    keeps = adapted(output, setup) and not _copies(setup)
     return setup.dtype_bytes * output.inputs if keeps else 0

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Quantization = Literal["nf4", "int8", "none"]
+Targets = tuple[str, ...] | Literal["all-linear"]
+
+HEAD = "lm_head"
+"""The output head as a target of the adapter. It stands outside the blocks, and `all-linear` leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Shape:
     context: int
     """The longest sequence the model was made for, in tokens."""
     window: int | None
-    """Sliding attention window in tokens, or None."""
+    """Sliding attention window in tokens, where every layer has it, or None."""
     linears: tuple[Linear, ...]
     """The linear layers of one block; the output head is not among them."""
     vectors: int
@@ -61,6 +65,8 @@ class Shape:
     """Whether the MLP has a gate (SwiGLU) or not (GELU)."""
     parallel: bool
     """Whether attention and MLP read the same input (Falcon, GPT-NeoX)."""
+    local: int | None = None
+    """The window of some layers only (Gemma 2 and 3), whose others see everything; or None."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,8 @@ class Kernels:
     """Our LoRA linear: saves its input once and the small product XA; copies nothing."""
     head: bool
     """Loss and its gradient in one pass over chunks of the tokens with loss. Otherwise TRL's chunked head."""
+    liger: bool = True
+    """Whether liger-kernel computes what is fused. Without it, torch does: as little is saved, but no time."""
 
 
 PLAIN = Kernels(attention="sdpa", fused=False, lora=False, head=False)
@@ -88,7 +96,7 @@ class Setup:
     shape: Shape
     quantization: Quantization
     rank: int
-    targets: tuple[str, ...] | Literal["all-linear"]
+    targets: Targets
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
     dtype_bytes: Literal[2, 4]
     """Bytes of a number in the computation: 2 on a GPU (bfloat16 or float16), 4 on a CPU (float32)."""
@@ -105,11 +113,23 @@ class Setup:
     offload: bool
     """Whether what recomputation starts from waits in the machine's memory, not in the GPU's."""
     kernels: Kernels
+    dropout: bool = False
+    """Whether PEFT's linears drop some of their adapter's input."""
+    answer: int = 0
+    """Tokens of the longest answer that the evaluation afterwards writes; 0 where it writes none."""
+    most: int | None = None
+    """Tokens of the largest micro batch that the data can give, padding included; None: all sequences may be as long
+    as the longest."""
 
     @property
     def tokens(self) -> int:
-        """Tokens in a micro batch, padding included."""
-        return self.micro_batch * self.sequence
+        """Tokens in the largest micro batch, padding included."""
+        return self.micro_batch * self.sequence if self.most is None else self.most
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of tokens in the lines of a padded micro batch: what a mask has."""
+        return self.tokens * self.sequence
 
 
 @dataclass(frozen=True)

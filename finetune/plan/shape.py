@@ -148,7 +148,8 @@ def _llama_like(facts: Facts, model_type: str) -> Shape:
         vocabulary=facts.number("vocab_size"),
         tied=facts.flag("tie_word_embeddings"),
         context=facts.number("max_position_embeddings"),
-        window=_window(facts, model_type),
+        window=facts.optional("sliding_window") if model_type in _WINDOW_EVERYWHERE else None,
+        local=facts.optional("sliding_window") if model_type in _WINDOW_SOMEWHERE else None,
         linears=linears,
         vectors=norms + _biases(linears),
         outside=hidden,
@@ -171,6 +172,11 @@ _HEAD_NORMS = {"qwen3", "qwen3_moe", "gemma3_text"}
 """Families that norm each head's query and key, with one weight for all heads."""
 
 _EXPERTS = {"mixtral", "qwen3_moe"}
+
+_WINDOW_EVERYWHERE = {"mistral", "mixtral", "phi3"}
+
+_WINDOW_SOMEWHERE = {"gemma2", "gemma3_text"}
+"""Families in which layers with a window take turns with layers that see everything."""
 
 
 def _gated_mlp(hidden: int, intermediate: int, bias: bool, *, fused: bool) -> list[Linear]:
@@ -199,13 +205,6 @@ def _experts(facts: Facts, hidden: int, model_type: str) -> tuple[int, list[Line
         Linear("gate_up_proj", hidden, 2 * width, copies=experts, active=active, quantized=False),
         Linear("down_proj", width, hidden, copies=experts, active=active, quantized=False),
     ]
-
-
-def _window(facts: Facts, model_type: str) -> int | None:
-    """The sliding window, where every layer has it. Gemma alternates: its full layers see everything."""
-    if model_type in {"mistral", "mixtral", "phi3"}:
-        return facts.optional("sliding_window")
-    return None
 
 
 def _biases(linears: tuple[Linear, ...]) -> int:
@@ -329,11 +328,13 @@ FAMILIES: Mapping[str, _Family] = {
     ),
     "gemma2": _Family(
         _llama_like,
-        _defaults(256000, 2304, 9216, 26, 8, 8192, num_key_value_heads=4, head_dim=256, tie_word_embeddings=True),
+        _defaults(256000, 2304, 9216, 26, 8, 8192, num_key_value_heads=4, head_dim=256, tie_word_embeddings=True)
+        | {"sliding_window": 4096},
     ),
     "gemma3_text": _Family(
         _llama_like,
-        _defaults(262208, 2304, 9216, 26, 8, 131072, num_key_value_heads=4, head_dim=256, tie_word_embeddings=True),
+        _defaults(262208, 2304, 9216, 26, 8, 131072, num_key_value_heads=4, head_dim=256, tie_word_embeddings=True)
+        | {"sliding_window": 4096},
     ),
     "phi3": _Family(_llama_like, _defaults(32064, 3072, 8192, 32, 32, 4096)),
     "olmo2": _Family(_llama_like, _defaults(50304, 4096, 11008, 32, 32, 2048)),

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetune.plan import saved
 from finetune.plan.gpus import Card
-from finetune.plan.setup import Linear, Setup
+from finetune.plan.setup import HEAD, Linear, Setup
 
 EFFICIENCY = 0.75
 """The share of the ideal that a training reaches. From one measurement by others: torchtune, Llama-3.1-8B, QLoRA of
@@ -70,7 +71,8 @@ class Work:
 
 def work_of(setup: Setup) -> Work:
     """Forward and backward of one micro batch."""
-    waiting = setup.recomputed * setup.tokens * setup.shape.hidden * setup.dtype_bytes if setup.offload else 0
+    hidden_state = setup.tokens * setup.shape.hidden * saved.residual_bytes(setup)
+    waiting = setup.recomputed * hidden_state if setup.offload else 0
     return Work(
         operations=setup.tokens * operations(setup).total,
         moved=base_traffic(setup) + setup.tokens * token_traffic(setup),
@@ -84,7 +86,8 @@ def operations(setup: Setup) -> Operations:
     base       2·N forward, 2·N for the gradient of its inputs (its own is not asked for), 2·N again where it is
                recomputed: 2·N·(2+c), N the parameters of linear layers that see a token, c the share of recomputed
                layers. With our LoRA linear, recomputation ends before the last linear layer of a block.
-    adapter    2·P forward, 2·P for its inputs, 2·P for itself, 2·P recomputed: 2·P·(3+c).
+    adapter    2·P forward, 2·P for its inputs, 2·P for itself, 2·P recomputed: 2·P·(3+c). On the head, for the tokens
+               that it scores, and never recomputed.
     head       4·h·V for each token with loss, forward and gradient, in one pass over chunks. TRL's recomputes the
                logits in its backward pass: 6·h·V, and off a GPU for every token, with loss or not.
     attention  4·q·k for the k keys that a token sees on average, backward 2.5 times that (flash attention recomputes
@@ -99,10 +102,11 @@ def operations(setup: Setup) -> Operations:
     skipped = used[-1] if kernels.lora and last in adapted and shape.model_type not in NORM_AFTER_MLP else 0
     scored = setup.supervised if kernels.head or setup.dtype_bytes == 2 else 1.0
     backward = 2.0 if kernels.attention == "eager" else 2.5
+    on_head = 2 * setup.rank * (shape.hidden + shape.vocabulary) * 3 * scored if HEAD in setup.targets else 0
     return Operations(
         base=2 * shape.layers * (sum(used) * (2 + c) - skipped * c),
         head=(4 if kernels.head else 6) * shape.hidden * shape.vocabulary * scored,
-        adapter=2 * shape.layers * setup.rank * sum(_ends(linear) for linear in adapted) * (3 + c),
+        adapter=2 * shape.layers * setup.rank * sum(_ends(linear) for linear in adapted) * (3 + c) + on_head,
         attention=4 * shape.layers * shape.heads * shape.head_dim * keys(setup) * (1 + backward + c),
     )
 
@@ -110,13 +114,11 @@ def operations(setup: Setup) -> Operations:
 def keys(setup: Setup) -> float:
     """Keys for which attention computes a score, for one token, on average.
 
-    A causal row of S tokens: S/2; with a window of w: w - w²/2S. Where there is a mask (rows packed under sdpa, or
-    several of different lengths padded), and in eager attention, every pair of the sequence is computed, and most of
-    it thrown away.
+    A causal row of S tokens: S/2; with a window of w: w - w²/2S. Where there is a mask (rows packed under sdpa, several
+    of different lengths padded, or a window), and in eager attention, every pair of the sequence is computed, and most
+    of it thrown away.
     """
-    attention = setup.kernels.attention
-    masked = attention == "sdpa" and (setup.row < setup.sequence or setup.micro_batch > 1)
-    if masked or attention == "eager":
+    if setup.kernels.attention == "eager" or saved.has_mask(setup):
         return setup.sequence
     reach = min(setup.row, setup.shape.window or setup.row)
     return reach - reach * reach / (2 * setup.row)
@@ -143,7 +145,8 @@ def token_traffic(setup: Setup) -> float:
     outputs of every operation): forward 85·h + 10·f + 21·(q+k), and for each adapted linear layer 12 a number that
     comes in and 10 a number that goes out; backward 214·h + 18·f + 32·(q+k), 18 and 4. Where one kernel does it, each
     number is read and written once: forward 20·h + 6·f + 4·(q+k), backward 42·h + 10·f + 4·(q+k). Our LoRA linear adds
-    in place: 4 a number that goes out, forward, and 4 that comes in, backward. These latter are counted by hand.
+    in place: 4 a number that goes out, forward, and 4 that comes in, backward. These latter are counted by hand. What
+    is fused in torch, for want of liger-kernel, is taken to move as much as transformers' code does.
 
     The head: 10 a logit (written, read for the loss, written again, turned into its gradient), 6 in one pass.
     """
@@ -152,7 +155,7 @@ def token_traffic(setup: Setup) -> float:
     adapted = _adapted(setup)
     come = sum(linear.active * linear.inputs for linear in adapted)
     go = sum(linear.active * linear.outputs for linear in adapted)
-    if kernels.fused:
+    if kernels.fused and kernels.liger:
         forward, backward = 20 * h + 6 * f + 4 * rotated, 42 * h + 10 * f + 4 * rotated
     else:
         forward, backward = 85 * h + 10 * f + 21 * rotated, 214 * h + 18 * f + 32 * rotated

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 from finetune.config.schema import Config
 from finetune.console import duration, size
 from finetune.data.prepare import PreparedData
-from finetune.errors import BaseError
+from finetune.errors import BaseError, ConfigError
 from finetune.model.hardware import Hardware
 from finetune.plan.amount import amount_of
 from finetune.plan.disk import LIBRARIES
@@ -44,7 +45,7 @@ class Expected:
         if (plan := self.estimate) is None:
             return [*cut, f"estimate: {size(self.memory)} at the peak"]
         cost = "" if plan.dollars is None else f", ${plan.dollars:,.2f}"
-        what = f"{size(plan.peak)} of {size(plan.available)}, {plan.tokens_per_second:,.0f} tokens/s"
+        what = f"{size(plan.peak)} of {size(plan.available)} that may be used, {plan.tokens_per_second:,.0f} tokens/s"
         return [*cut, f"estimate: {what}, {duration(plan.seconds)}{cost} (docs/plan.md: not measured yet)"]
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,18 +62,25 @@ def expected(
 
     facts  the base's config.json
 
-    A run that goes on is cut as it was before. A base that the plan does not know is no error: it is only not planned.
+    A run that goes on is cut as it was before. What the plan does not know is no error: it is only not planned, and the
+    training itself has the last word.
     """
     try:
-        shape = shape_of(facts, config.base)
-    except BaseError as error:
+        return _expected(config, data, facts, hardware, run)
+    except (BaseError, ConfigError) as error:
         return Expected(None, error.problems[0].message, None, None)
+
+
+def _expected(
+    config: Config, data: PreparedData, facts: Mapping[str, object], hardware: Hardware, run: RunFolder
+) -> Expected:
+    shape = shape_of(facts, config.base)
     amount = amount_of(data)
     card = _card(hardware) if hardware.device == "cuda" else None
     setup = setup_of(
         config,
         shape,
-        kernels=expected_kernels(config, shape, card),
+        kernels=replace(expected_kernels(config, shape, card), liger=find_spec("liger_kernel") is not None),
         longest_row=amount.longest_row,
         sequence=amount.longest,
         supervised=amount.share,
@@ -88,7 +96,7 @@ def expected(
             why = "the plan does not expect even this to fit"
     if fit is None:
         fit, why = written, "as written"
-    setup = cut_as(setup, fit)
+    setup = cut_as(setup, fit, amount)
     plan = None if card is None else estimate(config, setup, amount, card, stored_bytes=2, here=True)
     memory = training_memory(setup)
     measurable = memory.total - memory.context + (LIBRARIES if card is None else 0)
@@ -96,9 +104,12 @@ def expected(
 
 
 def _card(hardware: Hardware) -> Card:
-    """The card that is here, with what others use of it at this moment."""
+    """The card that is here, with what others use of it at this moment; of a process that may not have all of it
+    (`Hardware.memory` is less), what it may have."""
     import torch
 
     free, total = torch.cuda.mem_get_info()
+    memory = min(total, hardware.memory)
     # What this process has taken so far (the context) is in the plan already.
-    return replace(card_like(hardware.name, total), in_use=max(0, total - free - CONTEXT))
+    left = min(memory, free + CONTEXT)
+    return replace(card_like(hardware.name, memory, torch.cuda.get_device_capability()), in_use=memory - left)

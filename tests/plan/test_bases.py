@@ -52,6 +52,12 @@ def test_bases_of_configs_and_recipes_are_known(file: str, base: str) -> None:
     assert known_base(base) is not None, f"{file} names a base that the table lacks"
 
 
+def test_qwens_bases_were_made_for_more_than_its_chats() -> None:
+    for size, context in (("0.5B", 32768), ("1.5B", 131072), ("3B", 32768), ("7B", 131072), ("72B", 131072)):
+        assert shape_for(f"Qwen/Qwen2.5-{size}").context == context
+        assert shape_for(f"Qwen/Qwen2.5-{size}-Instruct").context == 32768
+
+
 def test_no_id_stands_there_twice() -> None:
     ids = [hub_id.lower() for entry in TABLE for hub_id in entry["ids"]]
     assert len(ids) == len(set(ids))

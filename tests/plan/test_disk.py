@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from finetune.config.schema import Config
-from finetune.plan.disk import EXPORT, LIBRARIES, MERGE, checkpoint_bytes, disk_of, ram_of
+from finetune.plan.bases import shape_for
+from finetune.plan.disk import EXPORT, LIBRARIES, MERGE, MIB, checkpoint_bytes, disk_of, ram_of
 from finetune.plan.memory import adapter_parameters, training_memory
 
 from .test_fit import setup_for
@@ -63,7 +64,12 @@ def test_ram() -> None:
     assert ram.training == LIBRARIES + 2 * embedding
     assert ram.merging == MERGE
     assert ram.exporting > EXPORT + 4 * embedding
-    waiting = 32 * setup.tokens * 4096 * 2
+    # 2 × 2,000 tokens of 4,096 numbers in 16 bit are 31.25 MiB, for which torch pins 32.
+    assert setup.tokens * 4096 * 2 == 31.25 * MIB
+    waiting = 32 * 32 * MIB
     assert ram_of(replace(setup, offload=True), memory).training - ram.training == waiting
+    # GPT-NeoX's hidden states are float32 when its base is quantised (saved.py, `wide_residual`).
+    wide = replace(setup, shape=shape_for("EleutherAI/pythia-6.9b"), offload=True)
+    assert ram_of(wide, memory).training - ram_of(replace(wide, offload=False), memory).training == 2 * waiting
     cpu = replace(setup, dtype_bytes=4)
     assert ram_of(cpu, memory).training == LIBRARIES + memory.total - memory.context

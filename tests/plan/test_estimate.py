@@ -12,19 +12,20 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig
+from transformers import AutoConfig, Trainer, TrainingArguments
 
 from finetune.config.schema import Train
 from finetune.data.prepare import prepare
+from finetune.model.base import _attention
 from finetune.model.kernels.attention import supports_varlen
-from finetune.plan.amount import Amount, amount_of, guessed_amount, steps_in_all, typical
-from finetune.plan.estimate import as_written, chosen_fit, estimate, expected_kernels, setup_of
+from finetune.plan.amount import Amount, amount_of, guessed_amount, sequences_in, steps_in_all, typical
+from finetune.plan.estimate import as_written, chosen_fit, estimate, expected_kernels, kept_offload, setup_of
 from finetune.plan.fit import cut_as
 from finetune.plan.gpus import find_card
 from finetune.plan.setup import Fit
 from finetune.plan.shape import FAMILIES, shape_of
 from finetune.plan.time import work_of
-from finetune.train import length
+from finetune.train.batches import longest, sequence_lengths
 
 from .test_disk import config_for
 from .test_fit import CHATS, LLAMA_3_1B, setup_for
@@ -86,7 +87,11 @@ def test_prepared_data_is_counted(packing: bool, tmp_path: Path) -> None:
     assert (amount.longest > amount.longest_row) == packing
     squares = sum(len(row.ids) ** 2 for row in data.train)
     assert amount.row == round(squares / data.tokens)
-    assert steps_in_all(amount.sequences, config.train) == length.steps_in_all(config, data)
+    lengths = sequence_lengths(data)
+    for count in (1, 3, 10, 10_000):
+        tried = sum(int(lengths[number]) for number in longest(lengths, count))  # by training, before its first step
+        assert amount.most(count, together=True) == tried
+        assert amount.most(count, together=False) == amount.longest * min(count, len(lengths))
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -103,10 +108,33 @@ def test_a_guess_is_about_the_characters_and_on_the_safe_side(packing: bool) -> 
 
 @pytest.mark.parametrize("train", [{}, {"epochs": 0.5}, {"max_steps": 7}, {"micro_batch_size": 5}, {"epochs": 2.5}])
 @pytest.mark.parametrize("sequences", [1, 15, 16, 17, 1000])
-def test_steps_are_those_of_training(train: dict[str, Any], sequences: int) -> None:
+def test_steps_are_those_of_training(train: dict[str, Any], sequences: int, tmp_path: Path) -> None:
+    """transformers' own count, from a data loader of so many batches (Trainer.set_initial_training_values)."""
     config = config_for(train=train)
-    data: Any = SimpleNamespace(sequences=sequences)
-    assert steps_in_all(sequences, config.train) == length.steps_in_all(config, data)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=config.train.epochs,
+        max_steps=config.train.max_steps or -1,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+    )
+    batches = range(-(-sequences // config.train.micro_batch_size))
+    trainer: Any = SimpleNamespace(
+        num_examples=lambda _: sequences, get_total_train_batch_size=lambda _: 1, get_sp_size=int
+    )
+    counted = Trainer.set_initial_training_values(trainer, arguments, batches)
+    assert steps_in_all(sequences, config.train) == counted[-1]
+
+
+@given(sequences=st.integers(1, 60), steps=st.integers(1, 40), micro=st.integers(1, 5), accumulation=st.integers(1, 5))
+def test_sequences_of_so_many_steps_are_those_that_are_drawn(
+    sequences: int, steps: int, micro: int, accumulation: int
+) -> None:
+    train = Train(micro_batch_size=micro, gradient_accumulation_steps=accumulation)
+    drawn = 0
+    for step in range(steps):
+        first = step % -(-sequences // (micro * accumulation)) * micro * accumulation
+        drawn += min(sequences, first + micro * accumulation) - first
+    assert sequences_in(steps, sequences, train) == drawn
 
 
 def test_the_typical_micro_batch_has_the_padding_of_its_kind() -> None:
@@ -144,6 +172,10 @@ def test_a_setup_is_what_the_config_says() -> None:
     assert (setup.quantization, setup.rank, setup.targets, setup.optimizer) == ("int8", 4, ("q_proj",), "paged_adamw")
     assert (setup.micro_batch, setup.sequence, setup.row, setup.offload) == (3, 200, 100, True)
     assert setup.dtype_bytes == 2
+    assert (setup.dropout, setup.answer) == (False, 128)
+    dropped = config_for(lora={"dropout": 0.1}, evaluation={"samples": 0})
+    other = setup_of(dropped, LLAMA_3_8B, kernels=ALL, longest_row=1, sequence=1, supervised=1, device="cuda")
+    assert (other.dropout, other.answer) == (True, 0)
     cpu = setup_of(config_for(), LLAMA_3_8B, kernels=ALL, longest_row=1, sequence=1, supervised=0.5, device="cpu")
     assert (cpu.dtype_bytes, cpu.optimizer, cpu.recomputed) == (4, "adamw", 0)
 
@@ -154,12 +186,31 @@ def test_the_attention_that_is_expected_is_the_one_that_the_model_allows(kind: s
     shape = shape_of(json.loads(config.to_json_string(use_diff=False)), kind)
     expected = expected_kernels(config_for(), shape, None).attention
     assert (expected == "varlen") == supports_varlen(config, "cpu")[0]
+    without = expected_kernels(config_for(speed={"attention": "sdpa"}), shape, None).attention
+    assert without == _attention(config)
 
 
 def test_older_cards_have_no_flash_attention() -> None:
     assert expected_kernels(config_for(), LLAMA_3_8B, CARD) == ALL
     assert expected_kernels(config_for(), LLAMA_3_8B, find_card("t4")).attention == "sdpa"
-    assert expected_kernels(config_for(), replace(LLAMA_3_8B, head_dim=256), CARD).attention == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("card", "head_dim", "attention"),
+    [
+        ("rtx-4090", 192, "varlen"),
+        ("rtx-4090", 256, "sdpa"),
+        ("rtx-5090", 256, "sdpa"),
+        ("a100-40gb", 256, "varlen"),
+        ("h100-sxm", 256, "varlen"),
+        ("b200", 256, "varlen"),
+        ("b200", 264, "sdpa"),
+        ("h100-sxm", 100, "sdpa"),
+    ],
+)
+def test_wide_heads_have_flash_attention_on_the_large_chips_only(card: str, head_dim: int, attention: str) -> None:
+    shape = replace(LLAMA_3_8B, head_dim=head_dim)
+    assert expected_kernels(config_for(), shape, find_card(card)).attention == attention
 
 
 def test_each_key_of_speed_switches_its_kernel_off() -> None:
@@ -169,6 +220,12 @@ def test_each_key_of_speed_switches_its_kernel_off() -> None:
         differing = [name for name in vars(ALL) if getattr(ALL, name) != getattr(kernels, name)]
         assert differing == [key]
     assert not expected_kernels(config_for(lora={"dropout": 0.1}), LLAMA_3_8B, CARD).lora
+    compiled = config_for(speed={"compile": True})
+    assert expected_kernels(compiled, LLAMA_3_8B, CARD) == replace(ALL, fused=False, lora=False)
+    assert kept_offload(compiled) is False  # compiled layers are never offloaded
+    assert kept_offload(config_for()) is None
+    on_head = config_for(lora={"targets": ["q_proj", "lm_head"]})
+    assert expected_kernels(on_head, LLAMA_3_8B, CARD) == replace(ALL, head=False)
 
 
 # -- the estimate -------------------------------------------------------------------------------------------------
@@ -193,6 +250,10 @@ def test_the_number_of_steps_may_be_given() -> None:
     found = estimate(config, setup_for(), CHATS, CARD, stored_bytes=2, here=False)
     assert found.steps == 10
     assert found.tokens == round(160 * CHATS.tokens / CHATS.sequences)
+    few = replace(CHATS, counts=(10, 9, 1))
+    config = config_for(train={"max_steps": 100})
+    found = estimate(config, setup_for(), few, CARD, stored_bytes=2, here=False)
+    assert found.tokens == 50 * few.tokens  # 20 sequences are two steps, of 16 and of 4
 
 
 def test_an_estimate_goes_into_json() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from finetune.plan.amount import Amount
 from finetune.plan.fit import (
     RESERVE,
+    Wish,
     budget,
     candidates,
     changes_that_fit,
@@ -97,7 +98,7 @@ def test_what_is_chosen_fits_and_keeps_the_step(setup: Setup, memory: float, car
         return
     assert found.micro_batch * found.accumulation == EFFECTIVE
     assert 0 <= found.recomputed <= setup.shape.layers
-    assert training_memory(cut_as(setup, found)).total <= memory * GIB
+    assert training_memory(cut_as(setup, found, CHATS)).total <= memory * GIB
 
 
 @settings(max_examples=15)
@@ -135,7 +136,20 @@ def test_what_the_config_says_is_kept() -> None:
     found = fit(setup_for(), 200 * GIB, keep_recomputed=32, keep_offload=True)
     assert found is not None
     assert (found.recomputed, found.offload) == (32, True)
-    assert fit(setup_for(), 8 * GIB, keep_recomputed=0) is None
+    assert fit(setup_for(), 7 * GIB, keep_recomputed=0) is None
+
+
+def test_the_largest_micro_batch_is_that_of_the_data() -> None:
+    """End to end, the longest sequences together; padded, each as long as the longest. No more than there are."""
+    setup = setup_for()
+    end_to_end = cut_as(setup, Fit(100, 1, 0, False), CHATS)
+    assert end_to_end.tokens == 20 * 2000 + 80 * 300
+    padded = cut_as(replace(setup, kernels=replace(ALL, attention="sdpa")), Fit(100, 1, 0, False), CHATS)
+    assert padded.tokens == 100 * 2000
+    assert padded.pairs == 100 * 2000**2
+    assert cut_as(setup, Fit(4096, 1, 0, False), CHATS).tokens == CHATS.tokens
+    assert cut_as(setup, Fit(1, 100, 0, False), CHATS).tokens == 2000
+    assert training_memory(end_to_end).total < training_memory(cut_as(setup, Fit(100, 1, 0, False))).total
 
 
 def test_absurd_numbers_take_no_longer() -> None:
@@ -164,21 +178,44 @@ def test_a_reserve_and_what_others_use_are_left_alone() -> None:
 
 
 def changes(setup: Setup, memory: float, **keep: Any) -> tuple[str, ...] | None:
-    found = changes_that_fit(setup, CHATS, EFFECTIVE, int(memory), find_card("rtx-4090"), evaluated=False, **keep)
+    wish = Wish(setup, CHATS, alpha=2.0 * setup.rank, **keep)
+    found = changes_that_fit(wish, EFFECTIVE, int(memory), find_card("rtx-4090"), evaluated=False)
     if found is None:
         return None
-    assert training_memory(cut_as(found.setup, found.fit)).total <= memory
+    assert training_memory(cut_as(found.wish.setup, found.fit, found.wish.amount)).total <= memory
+    assert found.wish.alpha == 2 * found.wish.setup.rank  # what the adapter adds is scaled as before
     return found.changes
 
 
+def least(**others: Any) -> int:
+    """Bytes of the smallest cut."""
+    return training_memory(setup_for(**{"micro_batch": 1, "offload": True} | others)).total
+
+
 def test_the_gentlest_change_that_helps_is_the_one_proposed() -> None:
-    assert changes(setup_for(), 20 * GIB) == ()
-    assert changes(setup_for(), 12 * GIB, keep_recomputed=0) == ("train.gradient_checkpointing=auto",)
+    assert changes(setup_for(), 12 * GIB, recomputed=0) == ("train.gradient_checkpointing=auto",)
     assert changes(setup_for(quantization="none"), 12 * GIB) == ("quantization=nf4",)
-    least = training_memory(setup_for(micro_batch=1, offload=True)).total
-    assert changes(setup_for(), least - 1) == ("train.sequence_length=1024",)
-    short = training_memory(setup_for(micro_batch=1, offload=True, sequence=500, row=500)).total
-    assert changes(setup_for(), short - 1) == ("train.sequence_length=512", "lora.rank=8")
+    assert changes(setup_for(), least() - 1) == ("train.sequence_length=1024",)
+    short = least(sequence=500, row=500)
+    assert changes(setup_for(), short - 1) == ("lora.rank=8", "lora.alpha=16")  # which is enough alone
+    both = least(sequence=500, row=500, rank=8)
+    assert changes(setup_for(), both) == ("train.sequence_length=512", "lora.rank=8", "lora.alpha=16")
+
+
+def test_the_rank_is_halved_as_often_as_it_takes_and_alpha_with_it() -> None:
+    found = changes(setup_for(rank=1024), least(rank=200))
+    assert found == ("lora.rank=128", "lora.alpha=256")
+    assert changes(setup_for(rank=256), least(rank=65)) == ("lora.rank=64", "lora.alpha=128")
+
+
+def test_changes_that_turn_out_not_to_be_needed_are_not_proposed() -> None:
+    # Without offload and recomputation left to the plan it would fit in nf4 just as well.
+    room = training_memory(setup_for(micro_batch=1, recomputed=0, sequence=2000, row=2000)).total
+    assert changes(setup_for(quantization="none"), room, recomputed=0, offload=False) == ("quantization=nf4",)
+    cut = Fit(1, EFFECTIVE, 0, False)
+    assert changes(setup_for(quantization="none"), room, cut=cut) == ("quantization=nf4",)
+    # A lower rank is what it takes; shorter sequences alone did not help, and with it are not needed.
+    assert changes(setup_for(rank=1024), least(rank=512)) == ("lora.rank=512", "lora.alpha=1024")
 
 
 def test_where_nothing_helps_nothing_is_proposed() -> None:

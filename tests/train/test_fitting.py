@@ -43,8 +43,15 @@ def on_card(tmp_path: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> 
     lines = (SAMPLES / "contract-clauses.jsonl").read_text("utf-8").splitlines()
     data.write_text("\n".join(json.dumps(json.loads(line) | {"n": n}) for n, line in enumerate(lines)), "utf-8")
 
-    def on(name: str, memory: int | None = None, facts: dict[str, Any] = LLAMA_3_8B, **train: Any) -> Expected:
-        config = tiny_config(tmp_path, data=[{"path": str(data)}], train={"sequence_length": 2048, **train})
+    def on(
+        name: str,
+        memory: int | None = None,
+        facts: dict[str, Any] = LLAMA_3_8B,
+        lora: dict[str, Any] | None = None,
+        **train: Any,
+    ) -> Expected:
+        train = {"sequence_length": 2048, **train}
+        config = tiny_config(tmp_path, data=[{"path": str(data)}], train=train, lora=lora or {})
         card: Card = find_card(name)
         card = card if memory is None else replace(card, memory=memory)
         monkeypatch.setattr(fitting, "_card", lambda hardware: card)
@@ -94,7 +101,7 @@ def test_a_run_that_goes_on_is_cut_as_before_whatever_card_is_there_now(
     first = on_card("rtx-4070")
     assert first.fit is not None
     config: Config = tiny_config(tmp_path, train={"sequence_length": 2048})
-    remember(config, run, first.fit)
+    remember(config, run, first.fit, first.why)
     assert on_card("h200").fit == first.fit
     assert on_card("h200").why == "as before in this run"
 
@@ -117,3 +124,57 @@ def test_a_base_that_the_plan_does_not_know_is_trained_without_one(on_card: OnCa
     assert found.lines() == [f"no estimate: {found.why}"]
     assert "zamba2" in found.why
     json.dumps(found.as_dict())
+
+
+def test_an_adapter_on_the_head_is_planned(on_card: OnCard) -> None:
+    """An untied head is a layer of the base like any other."""
+    without = on_card("rtx-4090", lora={"targets": ["q_proj"]})
+    found = on_card("rtx-4090", lora={"targets": ["q_proj", "lm_head"]})
+    assert found.estimate is not None
+    assert without.estimate is not None
+    assert found.estimate.memory.adapter - without.estimate.memory.adapter == 4 * 16 * (128256 + 4096)
+
+
+def test_what_the_plan_does_not_know_is_no_end_of_a_training(on_card: OnCard) -> None:
+    found = on_card("rtx-4090", lora={"targets": ["q_proj", "projector"]})
+    assert (found.fit, found.memory, found.estimate) == (None, None, None)
+    assert found.lines() == ["no estimate: lora.targets: the base has no layer named projector"]
+
+
+def test_without_liger_kernel_a_step_is_slower_in_the_same_memory(
+    on_card: OnCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for there in (object(), None):
+        monkeypatch.setattr(fitting, "find_spec", lambda name, there=there: there)
+        found.append(on_card("rtx-4090", fit="as-written").estimate)
+    with_it, without = found
+    assert with_it is not None
+    assert without is not None
+    assert with_it.memory == without.memory
+    assert with_it.seconds < without.seconds
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("free", "allowed", "memory", "in_use"),
+    [
+        (23.0, 24.0, 24.0, 1.0 - 0.55),  # the context of this process is in the plan
+        (14.0, 24.0, 24.0, 10.0 - 0.55),
+        (23.8, 24.0, 24.0, 0.0),
+        (23.0, 12.0, 12.0, 0.0),  # a process that may have half of the card
+        (4.0, 12.0, 12.0, 8.0 - 0.55),
+    ],
+)
+def test_the_card_is_what_this_process_may_have_of_it(
+    free: float, allowed: float, memory: float, in_use: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (int(free * GIB), 24 * GIB))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 9))
+    hardware = Hardware("cuda", "NVIDIA GeForce RTX 4090 D", int(allowed * GIB), bf16=True)
+    card = fitting._card(hardware)
+    assert card.memory == memory * GIB
+    assert card.in_use == pytest.approx(in_use * GIB, abs=2)
+    assert (card.capability, card.name) == ((8, 9), "NVIDIA GeForce RTX 4090 D")
