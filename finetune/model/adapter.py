@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+OUTPUT_HEADS = ("lm_head", "embed_out")
+"""What families call the matrix that makes logits. TRL refuses an adapter there too, after everything is loaded."""
+
+
 def check_targets(config: Config, folder: Path, place: str | None = None) -> None:
     """Every name in `lora.targets` must be a layer of the base. Reads tensor names only, so it needs no torch.
 
@@ -27,6 +31,12 @@ def check_targets(config: Config, folder: Path, place: str | None = None) -> Non
     if not names:
         return
     for target in config.lora.targets:
+        if target in OUTPUT_HEADS:
+            raise ConfigError(
+                f"lora.targets: {target} is the output head, which gets no adapter",
+                place=place,
+                hint="leave it out: the loss is computed from the head's own weights, so it would never be trained",
+            )
         if target not in names:
             close = get_close_matches(target, names, n=1, cutoff=0.4)
             known = ", ".join(sorted(names))

@@ -57,6 +57,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self._evaluated: list[tuple[float, int]] = []
         """Of each batch of an evaluation: the sum of the loss, and of how many tokens."""
         self._skipped = 0
+        # The library sets it with the first step; the longest batch is tried before that.
+        self.current_gradient_accumulation_steps: int = self.args.gradient_accumulation_steps
         self._forget_scores()
 
     # -- a step ---------------------------------------------------------------------------------------------------
@@ -80,8 +82,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # The backbone is called without the wrapper around the whole model, which would have set the precision.
         with self.accelerator.autocast():
-            # Not known yet when the longest batch is tried, and without a divisor a micro batch stands for itself.
-            steps = getattr(self, "current_gradient_accumulation_steps", 1) if num_items_in_batch is not None else 1
+            # Without a divisor a micro batch stands for itself.
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             if not self.model.training:
                 return fused_loss(self.model, inputs, num_items_in_batch, accumulation=steps)
             self._scored += (inputs["labels"][..., 1:] != IGNORED).sum()

@@ -3,7 +3,8 @@
 Nothing of a library is changed: an instance of a module gets a `forward` of its own, which hides its class's. Names of
 parameters, and with them adapters and checkpoints, stay as they are. Without gradients (evaluation, answers) every
 layer is computed as its library does it. A module is recognised by its parts *and* by what it computes: its own forward
-and ours are compared on a few numbers first, and where they differ it is left alone.
+and ours are compared on a few numbers first, and where they differ it is left alone. So are a library's kernels with
+torch's functions (`trial.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from finetune.model.kernels.fused import TORCH, Kernels, Rotate, kernels_for
 from finetune.model.kernels.lora import Adapted, Group, remember
+from finetune.model.kernels.trial import norm_fails, numbers, rotate_fails, swiglu_fails
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,6 +47,8 @@ class Applied:
     """Whose norms, SwiGLUs and rotaries they are: torch or liger-kernel."""
     left: Counter[str] = field(default_factory=Counter)
     """What was left alone and why, and how often."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Which kernels of the library were tried and are not used, but torch's in their place, and why."""
     _undo: list[Callable[[], object]] = field(default_factory=list)
 
     def account(self) -> str:
@@ -58,7 +62,8 @@ class Applied:
         done = ", ".join(f"{count} {what}" for count, what in counts if count) or "nothing"
         left = "".join(f"; left alone: {count} × {what}" for what, count in self.left.most_common())
         whose = f" ({self.kernels})" if self.norms or self.swiglus or self.rotaries else ""
-        return f"{done}{whose}{left}"
+        refused = "".join(f"; {what} by torch: {why}" for what, why in self.refused.items())
+        return f"{done}{whose}{left}{refused}"
 
     def restore(self) -> None:
         """Every layer is its library's own again."""
@@ -79,7 +84,10 @@ def apply(model: PeftModel, *, lora: bool, fused: bool, device: str) -> Applied:
     if lora:
         _apply_lora(model, applied)
     if fused:
-        _apply_fused(model, applied, kernels_for(device))
+        kernels, why = kernels_for(device)
+        if why is not None:
+            applied.refused["fused layers"] = why
+        _apply_fused(model, applied, kernels)
     return applied
 
 
@@ -142,13 +150,17 @@ _LIBRARIES = ("torch", "transformers", "bitsandbytes")
 
 def _apply_fused(model: PeftModel, applied: Applied, kernels: Kernels) -> None:
     applied.kernels = kernels.name
-    seen: dict[tuple[str, type[nn.Module]], Callable[..., Tensor] | None] = {}
+    dtype = model.get_base_model().get_input_embeddings().weight.dtype
+    tried = _Tried(kernels, dtype, model.device, applied.refused)
+    seen: dict[tuple[object, ...], Callable[..., Tensor] | None] = {}
 
-    def once(what: str, module: nn.Module, make: Callable[[Any, Kernels], Callable[..., Tensor] | None]) -> bool:
-        """Replace a module's forward by what was made for its class; False if there is nothing for it."""
-        key = what, type(module)
+    def once(
+        what: str, module: nn.Module, width: object, make: Callable[[Any, _Tried], Callable[..., Tensor] | None]
+    ) -> bool:
+        """Replace a module's forward by what was made for its class and width; False if there is nothing for it."""
+        key = what, type(module), width
         if key not in seen:
-            seen[key] = make(module, kernels)
+            seen[key] = make(module, tried)
         forward = seen[key]
         if forward is None or "forward" in module.__dict__:
             applied.left[f"{what} of {type(module).__name__}"] += 1
@@ -158,24 +170,59 @@ def _apply_fused(model: PeftModel, applied: Applied, kernels: Kernels) -> None:
 
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            applied.norms += once("norm", module, _norm)
+            weight = getattr(module, "weight", None)
+            applied.norms += once("norm", module, getattr(weight, "shape", None), _norm)
         elif all(isinstance(getattr(module, part, None), nn.Module) for part in ("gate_proj", "up_proj", "down_proj")):
-            applied.swiglus += once("MLP", module, _swiglu)
+            applied.swiglus += once("MLP", module, _width(module), _swiglu)
         elif ROTARY in getattr(type(module).forward, "__globals__", {}) and "Attention" in type(module).__name__:
-            applied.rotaries += once("rotary embedding", module, _attention)
+            applied.rotaries += once("rotary embedding", module, _heads(module), _attention)
 
 
-def _norm(module: Any, kernels: Kernels) -> Callable[..., Tensor] | None:
+@dataclass(frozen=True)
+class _Tried:
+    """Kernels, and what is left of them after each was tried as it is to be used."""
+
+    kernels: Kernels
+    dtype: torch.dtype
+    """Of hidden states."""
+    device: torch.device
+    refused: dict[str, str]
+
+    def unless(self, what: str, failure: str | None) -> Kernels:
+        """The kernels, or torch's if they failed."""
+        if failure is None:
+            return self.kernels
+        self.refused.setdefault(what, f"{self.kernels.name} fails here: {failure}")
+        return TORCH
+
+
+def _width(module: nn.Module) -> int | None:
+    width = getattr(module.gate_proj, "out_features", None)
+    return width if isinstance(width, int) else None
+
+
+def _heads(module: nn.Module) -> tuple[int, int, int] | None:
+    """Heads of queries and of keys, and their width, as transformers' attention says them."""
+    config, width = getattr(module, "config", None), getattr(module, "head_dim", None)
+    queries = getattr(config, "num_attention_heads", None)
+    keys = getattr(config, "num_key_value_heads", None) or queries
+    if isinstance(width, int) and isinstance(queries, int) and isinstance(keys, int):
+        return queries, keys, width
+    return None
+
+
+def _norm(module: Any, tried: _Tried) -> Callable[..., Tensor] | None:
     """A forward for modules like this one, if it is Llama's or Gemma's norm."""
     weight, plain = getattr(module, "weight", None), type(module).forward
     name = next((name for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)), None)
     if name is None or not isinstance(weight, Tensor) or weight.dim() != 1:
         return None
-    x = _numbers(3, weight.numel()).to(weight) * 1e-3  # so small that an epsilon makes a difference
+    x = numbers(3, weight.numel()).to(weight) * 1e-3  # so small that an epsilon makes a difference
     for gemma in (False, True):
         ours = partial(TORCH.norm, x, weight, getattr(module, name), gemma)
         if _agree(partial(plain, module, x), ours, tolerance=0.0):
-            return _norm_forward(plain, name, gemma, kernels)
+            failure = norm_fails(tried.kernels, weight, getattr(module, name), gemma, tried.dtype)
+            return _norm_forward(plain, name, gemma, tried.unless(f"norms of {weight.numel()}", failure))
     return None
 
 
@@ -192,28 +239,34 @@ def _norm_forward(plain: Callable[..., Tensor], epsilon: str, gemma: bool, kerne
     return forward
 
 
-def _swiglu(module: Any, kernels: Kernels) -> Callable[..., Tensor] | None:
+def _swiglu(module: Any, tried: _Tried) -> Callable[..., Tensor] | None:
     """A forward for modules like this one, if it is down(silu(gate(x)) · up(x)).
 
     Its code is tried on stand-ins for its three linears: no weight is read, and no dropout drawn.
     """
     plain = type(module).forward
+    x = numbers(3, 8)
+    stand_in = SimpleNamespace(
+        act_fn=getattr(module, "act_fn", None), gate_proj=torch.exp, up_proj=torch.cos, down_proj=torch.neg
+    )
+    agree = _agree(partial(plain, stand_in, x), lambda: -TORCH.swiglu(x.exp(), x.cos()), tolerance=0.0)
+    if not agree:
+        return None
+    width, failure = _width(module), None if tried.kernels is TORCH else "its width is not known"
+    if width is not None:
+        failure = swiglu_fails(tried.kernels, width, tried.dtype, tried.device)
+    kernel = tried.unless(f"SwiGLUs of {width}", failure).swiglu
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return plain(self, x)  # type: ignore[no-any-return]
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(remember(kernels.swiglu(gate, up), kernels.swiglu, gate, up))  # type: ignore[no-any-return]
+        return self.down_proj(remember(kernel(gate, up), kernel, gate, up))  # type: ignore[no-any-return]
 
-    x = _numbers(3, 8)
-    stand_in = SimpleNamespace(
-        act_fn=getattr(module, "act_fn", None), gate_proj=torch.exp, up_proj=torch.cos, down_proj=torch.neg
-    )
-    agree = _agree(partial(plain, stand_in, x), lambda: -TORCH.swiglu(x.exp(), x.cos()), tolerance=0.0)
-    return forward if agree else None
+    return forward
 
 
-def _attention(module: Any, kernels: Kernels) -> Callable[..., Tensor] | None:
+def _attention(module: Any, tried: _Tried) -> Callable[..., Tensor] | None:
     """The class's own forward with another rotary embedding, if the one that it calls turns q and k as Llama's does.
 
     The rotary embedding is a function of the model's file, which its attention calls by name. This is the same code,
@@ -223,10 +276,14 @@ def _attention(module: Any, kernels: Kernels) -> Callable[..., Tensor] | None:
     original = plain.__globals__.get(ROTARY)
     if not isinstance(plain, FunctionType) or ROTARY not in plain.__code__.co_names or not callable(original):
         return None
-    q, k = _numbers(2, 3, 4, 8).transpose(1, 2), _numbers(2, 3, 2, 8).transpose(1, 2)
-    cos, sin = _numbers(2, 3, 8), _numbers(2, 3, 8) + 0.5
+    q, k = numbers(2, 3, 4, 8).transpose(1, 2), numbers(2, 3, 2, 8).transpose(1, 2)
+    cos, sin = numbers(2, 3, 8), numbers(2, 3, 8) + 0.5
     if not _agree(lambda: torch.cat(original(q, k, cos, sin), 1), lambda: torch.cat(TORCH.rotate(q, k, cos, sin), 1)):
         return None
+    heads, failure = _heads(module), None if tried.kernels is TORCH else "the number of its heads is not known"
+    if heads is not None:
+        failure = rotate_fails(tried.kernels, heads[:2], heads[2], tried.dtype, tried.device)
+    kernels = tried.unless("rotary embeddings", failure)
     names = {**plain.__globals__, ROTARY: _rotary(original, kernels.rotate)}
     forward = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
     forward.__kwdefaults__ = plain.__kwdefaults__
@@ -243,11 +300,6 @@ def _rotary(original: Rotate, rotate: Rotate) -> Callable[..., tuple[Tensor, Ten
         return rotate(q, k, cos, sin)
 
     return rotary
-
-
-def _numbers(*shape: int) -> Tensor:
-    """Numbers between -1 and 1 that look random; nobody's random state is touched."""
-    return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).mul_(12.9898).sin_().reshape(shape)
 
 
 def _agree(theirs: Callable[[], Tensor], ours: Callable[[], Tensor], tolerance: float = 1e-6) -> bool:

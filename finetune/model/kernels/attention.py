@@ -14,12 +14,13 @@ and later: it must be asked for). It has not been measured here.
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
     from peft import PeftModel
@@ -109,29 +110,57 @@ def _refused_by_trial(model: PeftModel | PreTrainedModel) -> str | None:
 
 
 def sees_neighbour(model: PeftModel | PreTrainedModel, layout: dict[str, Any]) -> str | None:
-    """Whether a row that stands behind another in a line (3 tokens each) is computed otherwise than alone; None if not.
+    """Whether a row of a line of two (3 tokens each) is computed otherwise for its neighbour or its place; None if not.
 
     layout  what the model is told of the line besides its tokens and position ids, which start again
 
-    Two ways of rounding in 16 bit differ by less than 2 % of the largest logit; a row that sees its neighbour by more.
+    A row must keep its logits when only the row before it is another one (nothing is seen of it), and when the two
+    change places (nor is a row behind another a continuation of it). All lines are of one shape, so that no kernel is
+    chosen anew. Sums in another order differ by up to 3 % of the largest logit in 32 layers of bfloat16 (random weights,
+    measured); a row that is seen changes logits by as much as they are large.
     """
     import torch
 
     was_training = model.training
-    line = torch.tensor([[1, 2, 0, 3, 1, 2]], device=model.device)
+    row, neighbour, stranger = [3, 1, 2], [1, 2, 0], [2, 3, 3]
+    lines = torch.tensor([neighbour + row, stranger + row, row + neighbour], device=model.device)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=model.device)
     model.eval()
     try:
-        with torch.no_grad():
-            alone = model(input_ids=line[:, 3:], use_cache=False).logits.float()
-            behind = model(input_ids=line, position_ids=positions, use_cache=False, **layout).logits[:, 3:].float()
+        with torch.no_grad(), _rows_rounded_alone(model):
+            behind, behind_another, before = (
+                model(input_ids=line.unsqueeze(0), position_ids=positions, use_cache=False, **layout).logits[0].double()
+                for line in lines
+            )
+            if not all(logits.isfinite().all() for logits in (behind, behind_another, before)):
+                alone = model(input_ids=lines[:1, 3:], use_cache=False).logits
+                if not alone.isfinite().all():
+                    return None  # a base that is broken in itself shows nothing here; its first step says what it is
     except Exception as error:  # a model may do anything with arguments that it does not know
-        return f"{type(model).__name__} does not take rows end to end: {str(error).strip().splitlines()[0]}"
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        return f"{type(model).__name__} does not take rows end to end: {said[0]}"
     finally:
         model.train(was_training)
-    if not (behind - alone).abs().max() <= 0.02 * alone.abs().max():
+    limit = 0.1 * before.abs().max()
+    seen, moved = (behind - behind_another)[3:], behind - before.roll(3, 0)
+    if not (seen.abs().max() <= limit and moved.abs().max() <= limit):
         return f"rows end to end see each other in {type(model).__name__}"
     return None
+
+
+@contextmanager
+def _rows_rounded_alone(model: torch.nn.Module) -> Iterator[None]:
+    """LLM.int8 without its outliers: the columns that stay in 16 bit are chosen over the whole batch
+    (bitsandbytes/backends, `int8_vectorwise_quant`), so that a row's rounding depends on its neighbours, by right."""
+    states: list[Any] = [module.state for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
+    thresholds = [state.threshold for state in states]
+    for state in states:
+        state.threshold = 0.0
+    try:
+        yield
+    finally:
+        for state, threshold in zip(states, thresholds, strict=True):
+            state.threshold = threshold
 
 
 def use_varlen(model: PeftModel | PreTrainedModel, on: bool = True) -> None:

@@ -57,9 +57,18 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 TORCH = Kernels("torch", norm, swiglu, rotate)
 
 
-def kernels_for(device: str) -> Kernels:
-    """liger-kernel's on a GPU where it is installed, else torch's."""
-    return _liger() if device == "cuda" and find_spec("liger_kernel") and find_spec("triton") else TORCH
+def kernels_for(device: str) -> tuple[Kernels, str | None]:
+    """liger-kernel's on a GPU where it is installed, else torch's; and why not, if it is there and cannot be used.
+
+    What was found still has to be tried (`trial.py`).
+    """
+    if device != "cuda" or not (find_spec("liger_kernel") and find_spec("triton")):
+        return TORCH, None
+    try:
+        return _liger(), None
+    except Exception as error:  # whatever the import of another release, or of one that does not fit torch, does
+        said = str(error).strip().splitlines() or [""]
+        return TORCH, f"liger-kernel cannot be imported: {type(error).__name__}: {said[0][:200]}"
 
 
 def _liger() -> Kernels:

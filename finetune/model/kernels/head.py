@@ -31,6 +31,9 @@ CHUNK_LOGITS_CPU = 2**24
 """On a CPU (64 MiB). Measured with one core of a busy machine, width 512: above 2^24 nothing is gained; at 128k words
 2^22 takes 1.3 to 1.7 times as long and 2^20 four times: the head's matrix is read anew for every few tokens."""
 
+CHUNK_GRADIENT = 2**22
+"""Numbers of the gradient that are multiplied at once in float32, in the backward pass: 16 MiB."""
+
 
 def linear_cross_entropy(
     hidden: torch.Tensor,
@@ -42,6 +45,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     divisor: torch.Tensor | int | None = None,
     chunk_tokens: int | None = None,
+    correct: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Σ -log softmax(softcap(scale · (hidden · weightᵀ + bias)))[label] over the tokens with loss, / divisor. float32.
 
@@ -51,6 +55,8 @@ def linear_cross_entropy(
              it, so `hidden[..., t]` is scored on `labels[..., t + 1]`, and the first label of a line is never used
     softcap  c · tanh(logits / c) (Gemma 2)
     divisor  tokens with loss of the whole step; None for those in `labels`. At least 1: no tokens are a loss of 0
+    correct  int64, 0-dim, on the device: the number of tokens that no other is likelier than is added to it (equals,
+             which logits in 16 bit often are, count). Nobody waits for it
 
     Logits are computed in autocast's dtype, or that of `hidden`; the softmax in float32, in place. At the peak a chunk
     costs 4 bytes a logit in float32 and 6 in 16 bit (10 on a CPU, which rounds through a copy), 4 more with a softcap.
@@ -58,22 +64,51 @@ def linear_cross_entropy(
     divided only then, when float16's loss scale is known, so that nothing is lost below its smallest number. Raises
     BaseError if weight or bias is trained.
     """
-    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        raise BaseError(
-            "the output head is trained, and this loss has no gradient for it", hint="set speed.head: false"
-        )
+    how = _How(scale, softcap, chunk_tokens, correct)
+    return _scored(hidden, weight, bias, _targets(labels), divisor, how)
+
+
+def _targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each token with loss: where in `hidden`, (…, T) flattened, it is predicted, and its label. int64.
+
+    How many they are decides shapes, so the CPU waits here for whatever the device has been asked for before.
+    """
     wanted = labels[..., 1:].reshape(-1)
     places = (wanted != IGNORED).nonzero().squeeze(1)
     wanted = wanted[places]
     # Where a token stands in `hidden`, whose lines are one longer than those of `wanted`.
     line = labels.shape[-1] - 1
-    places = places + places.div(max(line, 1), rounding_mode="floor")
+    return places + places.div(max(line, 1), rounding_mode="floor"), wanted
+
+
+@dataclass(frozen=True)
+class _How:
+    scale: float
+    softcap: float | None
+    chunk_tokens: int | None
+    correct: torch.Tensor | None
+
+    def tokens(self, hidden: torch.Tensor, words: int) -> int:
+        """Tokens in a chunk."""
+        return self.chunk_tokens or max(1, (CHUNK_LOGITS_CPU if hidden.device.type == "cpu" else CHUNK_LOGITS) // words)
+
+
+def _scored(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: tuple[torch.Tensor, torch.Tensor],
+    divisor: torch.Tensor | int | None,
+    how: _How,
+) -> torch.Tensor:
+    """`linear_cross_entropy` of tokens whose places are known."""
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise BaseError(
+            "the output head is trained, and this loss has no gradient for it", hint="set speed.head: false"
+        )
+    places, wanted = targets
     count = len(places) if divisor is None else divisor
     divided = torch.as_tensor(count, device=hidden.device, dtype=torch.float32).clamp(min=1)
-    tokens = chunk_tokens or max(1, (CHUNK_LOGITS_CPU if hidden.device.type == "cpu" else CHUNK_LOGITS) // len(weight))
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    how = _How(dtype, scale, softcap, tokens)
     flat = hidden.reshape(-1, hidden.shape[-1])
     if torch.is_grad_enabled() and hidden.requires_grad:
         loss: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -82,15 +117,6 @@ def linear_cross_entropy(
         return loss
     with torch.no_grad():
         return _loss(flat, weight, bias, places, wanted, how, None) / divided
-
-
-@dataclass(frozen=True)
-class _How:
-    dtype: torch.dtype
-    scale: float
-    softcap: float | None
-    tokens: int
-    """In a chunk."""
 
 
 def _loss(
@@ -104,11 +130,14 @@ def _loss(
 ) -> torch.Tensor:
     """The summed loss; its gradient by `hidden[places]` is written into `gradient`, (tokens with loss, width)."""
     total = torch.zeros((), device=hidden.device, dtype=torch.float32)
-    with torch.autocast(hidden.device.type, enabled=False):
-        weight = weight.to(how.dtype)
-        for begin in range(0, len(places), how.tokens):
-            some = slice(begin, begin + how.tokens)
-            chunk = hidden[places[some]].to(how.dtype)
+    kind, step = hidden.device.type, how.tokens(hidden, len(weight))
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    with torch.autocast(kind, enabled=False):
+        weight = weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        for begin in range(0, len(places), step):
+            some = slice(begin, begin + step)
+            chunk = hidden[places[some]].to(dtype)
             part = None if gradient is None else gradient[some]
             total += _chunk(chunk, weight, bias, wanted[some].unsqueeze(1), how, part)
     return total
@@ -129,7 +158,7 @@ def _chunk(
     """
     raw = hidden @ weight.T
     if bias is not None:
-        raw += bias.to(how.dtype)
+        raw += bias
     logits = raw.float()
     if how.scale != 1.0:
         logits *= how.scale
@@ -140,6 +169,8 @@ def _chunk(
         logits *= how.softcap
     top = logits.amax(1, keepdim=True)
     label_logits = logits.gather(1, labels) - top
+    if how.correct is not None:
+        how.correct.add_((label_logits == 0).sum())
     shifted = logits.sub_(top).exp_()
     sums = shifted.sum(1, keepdim=True)
     if gradient is not None:
@@ -173,7 +204,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient, places, divisor = ctx.saved_tensors
         whole = torch.zeros(ctx.lines, gradient.shape[1], device=gradient.device, dtype=gradient.dtype)
-        whole[places] = (gradient * (grads[0] / divisor)).to(gradient.dtype)
+        # In float32: beside a tensor in 16 bit torch would round the factor too, and with it every gradient alike.
+        factor = grads[0] / divisor
+        step = max(1, CHUNK_GRADIENT // gradient.shape[1])
+        for begin in range(0, len(places), step):
+            some = slice(begin, begin + step)
+            whole[places[some]] = gradient[some].to(torch.float32, copy=True).mul_(factor).to(gradient.dtype)
         return whole, None, None, None, None, None, None
 
 
@@ -183,12 +219,15 @@ def fused_loss(
     divisor: torch.Tensor | int | None,
     *,
     accumulation: int = 1,
+    correct: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss of a micro batch: the decoder, then the head and the loss in one. What `model(**inputs)` would give.
 
     inputs        of the model's forward, with `labels`; nothing is taken out of it
     divisor       tokens with loss of the whole step, over all its micro batches; None for those of this one
-    accumulation  micro batches in the step: a mixture of experts' balancing loss is their mean
+    accumulation  micro batches in the step: a mixture of experts' balancing loss is their mean. It is part of what is
+                  trained on, not of an evaluation's loss: left out of a model that is not in training
+    correct       as of `linear_cross_entropy`
 
     The model's own forward is not called, nor what accelerate has wrapped around it: mixed precision must be switched
     on around this call (`with accelerator.autocast():`).
@@ -198,19 +237,14 @@ def fused_loss(
     decoder_inputs = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
     balanced = bool(getattr(config, "output_router_logits", False))
     if balanced:
-        decoder_inputs["output_router_logits"] = True
+        decoder_inputs["output_router_logits"] = base.training
+    # Before the decoder is asked for, so that the CPU does not wait for all of it here.
+    targets = _targets(inputs["labels"])
     outputs = base.base_model(**decoder_inputs)
     head: Any = base.get_output_embeddings()
-    loss = linear_cross_entropy(
-        outputs.last_hidden_state,
-        head.weight,
-        inputs["labels"],
-        bias=head.bias,
-        scale=_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
-        divisor=divisor,
-    )
-    if not balanced:
+    how = _How(_scale(config), getattr(config, "final_logit_softcapping", None), None, correct)
+    loss = _scored(outputs.last_hidden_state, head.weight, head.bias, targets, divisor, how)
+    if not balanced or not base.training:
         return loss
     # Every family has a copy of this function, and these numbers on its model class. The weight is the config's, where
     # TRL writes it.
@@ -251,7 +285,9 @@ def supports_head(model: PeftModel | PreTrainedModel) -> tuple[bool, str]:
         return False, f"{type(base).__name__} has no decoder apart from its head"
     config = base.config.get_text_config()
     counted = hasattr(base, "num_experts") and hasattr(base, "num_experts_per_tok")
-    if getattr(config, "output_router_logits", False) and not counted:
+    # TRL's constructor comes after this, and switches them on wherever their weight is not 0.
+    balanced = hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0) != 0
+    if (balanced or getattr(config, "output_router_logits", False)) and not counted:
         return False, f"{type(base).__name__} weighs the balance of its experts in its own way"
     if not _probe(base, decoder, head, config):
         return False, f"the logits of {type(base).__name__} are more than its head on the decoder's output"

@@ -103,4 +103,4 @@ def test_only_the_inputs_are_saved(case: str, saved: int) -> None:
 
 
 def test_a_cpu_has_torchs() -> None:
-    assert kernels_for("cpu") is TORCH
+    assert kernels_for("cpu") == (TORCH, None)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.errors import BaseError
+from finetune.model.kernels import head
 from finetune.model.kernels.attention import supports_varlen, use_varlen
 from finetune.model.kernels.head import fused_loss, linear_cross_entropy, supports_head
 from tests.model.kernels.models import FAMILIES, adapted, base, batch, distance, gradients, plain_loss
@@ -110,6 +111,41 @@ def test_nothing_is_lost_below_float16s_smallest_number() -> None:
     assert hidden.grad is not None
     assert reference.grad is not None
     assert torch.allclose(hidden.grad.float(), reference.grad.float() * 2**16 / 1e6, rtol=3e-3, atol=1e-6)
+
+
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_are_divided_in_float32_and_rounded_once(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1/767 is 0.16 % from its nearest bfloat16. A GPU rounds its own factors to what they multiply."""
+    monkeypatch.setattr(head, "CHUNK_GRADIENT", 5 * 32)
+    hidden, weight, labels = (tensor.to(device) for tensor in case(dtype))
+    whole = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, divisor=1), hidden)[0]
+    loss = linear_cross_entropy(hidden, weight, labels, divisor=767)
+    expected = (whole.float() * (torch.ones(whole.shape, device=device) / 767)).to(dtype)
+    for _ in range(2):  # what is saved is not changed
+        assert torch.equal(torch.autograd.grad(loss, hidden, retain_graph=True)[0], expected)
+
+
+@pytest.mark.parametrize("chunk", [5, 1000])
+@pytest.mark.parametrize("grad", [True, False])
+def test_tokens_whose_label_is_the_likeliest_are_counted(chunk: int, grad: bool) -> None:
+    hidden, weight, labels = case(torch.float32)
+    best = (hidden.detach() @ weight.T).argmax(-1)
+    labels[0, 1::4] = best[0, :-1][::4]  # some are right
+    wanted = labels[:, 1:]
+    expected = int((best[:, :-1] == wanted)[wanted != -100].sum())
+    correct = torch.tensor(3)
+    with torch.set_grad_enabled(grad):
+        counted = linear_cross_entropy(hidden, weight, labels, chunk_tokens=chunk, correct=correct)
+        assert torch.equal(counted, linear_cross_entropy(hidden, weight, labels, chunk_tokens=chunk))
+    assert expected > 5
+    assert correct.dtype == torch.int64
+    assert int(correct) == 3 + expected
 
 
 def test_without_labels_the_loss_is_zero_and_so_is_the_gradient() -> None:
@@ -215,6 +251,42 @@ def test_the_balance_of_experts_is_a_mean_over_micro_batches() -> None:
         none = float(fused_loss(model, inputs, None))
     assert one - none > 0.01
     assert half - none == pytest.approx((one - none) / 2, rel=1e-3)
+
+
+def test_an_evaluations_loss_is_without_the_balance_of_experts() -> None:
+    """It is the mean over tokens with loss, whatever is trained on besides."""
+    model = adapted(base("mixtral")).eval()
+    inputs = batch([[17], [9]], end_to_end=False)
+    with torch.no_grad():
+        logits = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"]).logits[:, :-1]
+        labels = inputs["labels"][:, 1:].reshape(-1)
+        expected = torch.nn.functional.cross_entropy(logits.reshape(len(labels), -1), labels)
+        assert float(fused_loss(model, inputs, None)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_experts_that_trl_will_balance_in_a_way_of_their_own_are_left_to_it() -> None:
+    """Llama 4 counts no experts on its model, and has a weight for a balance that its config does not ask for yet."""
+    model = base("llama")
+    model.config.output_router_logits, model.config.router_aux_loss_coef = False, 0.001
+    assert supports_head(model) == (False, "LlamaForCausalLM weighs the balance of its experts in its own way")
+    model.config.router_aux_loss_coef = 0.0
+    assert supports_head(model)[0]
+
+
+def test_labels_are_looked_at_before_the_decoder_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, to look at them is to wait for everything that was asked for before."""
+    model, inputs = adapted(base("llama")), batch([[17]], end_to_end=False)
+    order: list[str] = []
+    targets = head._targets
+
+    def watched(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        order.append("labels")
+        return targets(labels)
+
+    monkeypatch.setattr(head, "_targets", watched)
+    model.get_base_model().model.register_forward_pre_hook(lambda *_: order.append("decoder"))
+    fused_loss(model, inputs, None, correct=torch.tensor(0))
+    assert order == ["labels", "decoder"]
 
 
 def test_under_autocast_gradients_are_as_near_to_float64_as_those_of_the_plain_way() -> None:
