@@ -26,7 +26,7 @@ from finetune.redaction import redacted
 from finetune.resuming import Resumption, choose_run, nothing_to_do, reserved, resumption
 from finetune.runs.files import write_json, write_text
 from finetune.runs.folder import RunFolder, check_adapter
-from finetune.runs.log import logged, stay_offline
+from finetune.runs.log import logged, stay_offline, without_compiler
 from finetune.runs.manifest import day_of, provenance, resolved_yaml, timestamp
 from finetune.runs.resolved import config_of
 from finetune.runs.tracking import check_tracking, prepare_tracking
@@ -67,6 +67,7 @@ def train(
             explain(key)  # which says so if there is no such key
         loaded = load(path, overrides)
         stay_offline(loaded.config)
+        without_compiler(loaded.config)
         run = choose_run(loaded, runs, console, fresh=fresh)
         # Everything that can be wrong with the input is found before anything is written and before torch is loaded.
         check_tracking(loaded.config)

@@ -6,7 +6,7 @@ from finetune.config.load import load
 from finetune.config.schema import Config, is_local_base
 from finetune.errors import RunError
 from finetune.runs.folder import RunFolder
-from finetune.runs.log import stay_offline
+from finetune.runs.log import stay_offline, without_compiler
 
 
 def config_of(run: RunFolder) -> Config:
@@ -18,4 +18,5 @@ def config_of(run: RunFolder) -> Config:
     if isinstance(revision, str) and not is_local_base(config.base):
         config = config.model_copy(update={"revision": revision})
     stay_offline(config)
+    without_compiler(config)
     return config

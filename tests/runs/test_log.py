@@ -6,16 +6,18 @@ import contextlib
 import errno
 import logging
 import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
 
+from finetune.config.schema import Config
 from finetune.console import Console
 from finetune.errors import StorageError
 from finetune.runs import log
-from finetune.runs.log import logged, quiet_environment
+from finetune.runs.log import logged, quiet_environment, without_compiler
 
 
 def test_libraries_are_heard_in_the_log_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,3 +99,18 @@ def test_a_persons_own_settings_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("USE_HUB_KERNELS", raising=False)
     quiet_environment()
     assert (os.environ["HF_HUB_DISABLE_TELEMETRY"], os.environ["USE_HUB_KERNELS"]) == ("0", "0")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_torchs_compiler_is_loaded_only_where_something_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ.pop("TORCHDYNAMO_DISABLE", None)
+    values = {"base": "a/b", "data": [{"path": "/x.jsonl"}], "speed": {"compile": compiled}}
+    without_compiler(Config.model_validate(values))
+    asked = "import sys, bitsandbytes; print('torch._inductor.compile_fx' in sys.modules)"
+    said = subprocess.run(
+        [sys.executable, "-c", asked], env=dict(os.environ), capture_output=True, text=True, check=True
+    )
+    assert said.stdout.strip() == str(compiled)
