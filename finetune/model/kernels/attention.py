@@ -116,8 +116,8 @@ def sees_neighbour(model: PeftModel | PreTrainedModel, layout: dict[str, Any]) -
 
     A row must keep its logits when only the row before it is another one (nothing is seen of it), and when the two
     change places (nor is a row behind another a continuation of it). All lines are of one shape, so that no kernel is
-    chosen anew. Sums in another order differ by up to 3 % of the largest logit in 32 layers of bfloat16 (random weights,
-    measured); a row that is seen changes logits by as much as they are large.
+    chosen anew. Sums in another order differ by up to 3 % of the largest logit in 32 layers of bfloat16 (measured with
+    random weights); a row that is seen changes logits by as much as they are large.
     """
     import torch
 
