@@ -7,7 +7,8 @@ The job: 20 steps of LoRA on the shipped tiny Llama, 2,000 chat rows of about 60
 
     bare      a script that does only what no trainer can avoid: import torch, transformers, PEFT and TRL's trainer,
               load model and tokenizer, put the adapter on. The first step is measured against its whole process.
-    trl       TRL's own command line on the same rows, with the same batch and adapter
+    trl       TRL's own command line on the same rows, with the same batch and adapter, as it starts by itself: with one
+              thread, which is what accelerate's launcher gives it
     NAME      any other command, given with --other; {folder}, {base}, {rows} and {trl} are filled in (a fresh folder,
               the model, messages as JSON Lines, and a folder with prompts and completions)
 

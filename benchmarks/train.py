@@ -20,6 +20,7 @@ Writes benchmarks/results/train.json.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -41,6 +42,10 @@ CASES: dict[str, Job] = {
 
 QUICK_STEPS = 3
 
+THREADS = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+"""For both alike: TRL's command line goes through accelerate's launcher, which gives torch one thread where nothing is
+said, and would lose by that alone."""
+
 
 class Measured:
     """One case: both ways, and what their steps said."""
@@ -54,7 +59,7 @@ class Measured:
         """Tokens with loss in an average step, for both."""
 
     def ours(self) -> dict[str, float]:
-        ended = run(jobs.ours(self._job, self._folder, self._base), self._folder)
+        ended = run(jobs.ours(self._job, self._folder, self._base), self._folder, THREADS)
         steps = self._steps("ours", jobs.steps_of_ours(ended.lines), ended.code, jobs.error_of_ours(ended.lines))
         data = jobs.amount_of_ours(ended.lines)
         self._with_loss = self._job.micro_batch * data["supervised_tokens"] / data["sequences"]
@@ -62,7 +67,7 @@ class Measured:
         return self._numbers(ended, steps)
 
     def trl(self) -> dict[str, float]:
-        ended = run(jobs.trl(self._job, self._folder, self._base), self._folder)
+        ended = run(jobs.trl(self._job, self._folder, self._base), self._folder, THREADS)
         steps = self._steps("trl", jobs.steps_of_trl(ended.lines), ended.code)
         self.tokens_per_step["trl"] = steps.per_step
         return self._numbers(ended, steps)
