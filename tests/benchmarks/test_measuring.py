@@ -105,7 +105,8 @@ def test_tokens_are_counted_once_for_both_trainers(tmp_path: Path, monkeypatch: 
         "sft": ["{'loss': 3.0, 'num_tokens': 110}", "{'loss': 2.0, 'num_tokens': 220}"],
     }
 
-    def ended(command: list[str], folder: Path) -> Ended:
+    def ended(command: list[str], folder: Path, environment: object) -> Ended:
+        assert environment == train.THREADS, "both have as many threads"
         texts = next(texts for key, texts in said.items() if key in command)
         return Ended(0, 9.0, 8.0, 100.0, [Line(float(number), text) for number, text in enumerate(texts)])
 
