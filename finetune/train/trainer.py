@@ -21,6 +21,7 @@ from finetune.model.kernels.head import fused_loss
 from finetune.model.memory import is_out_of_memory
 from finetune.runs.files import write_json
 from finetune.train import checkpoints
+from finetune.train.borrowed import Borrowed
 from finetune.train.fingerprint import FILE as FINGERPRINT
 
 MAX_SKIPPED = 40
@@ -49,7 +50,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         own_head: bool,
         **kwargs: Any,
     ) -> None:
-        self._borrowed = _Borrowed(kwargs["model"])
+        self._borrowed = Borrowed(kwargs["model"])
         super().__init__(*args, **kwargs)
         self._place, self._record, self._keep, self._own_head = place, record, keep, own_head
         self._losses: list[tuple[torch.Tensor, list[list[int]]]] = []
@@ -273,33 +274,6 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _unreadable(checkpoint):
             super()._load_rng_state(checkpoint)
-
-
-class _Borrowed:
-    """What accelerate and TRL change on a model, to be put back: whoever has it next would else compute otherwise.
-
-    accelerate wraps its forward in mixed precision with results in float32; TRL gives it another head, and lets the
-    routers of a mixture report.
-    """
-
-    MARKS = ("_is_accelerate_prepared", "_original_forward")
-
-    def __init__(self, model: Any) -> None:
-        self._config = model.config.get_text_config()
-        self._routers = getattr(self._config, "output_router_logits", None)
-        self._owners = (model, model.get_base_model())
-        self._forwards = [vars(owner).get("forward") for owner in self._owners]
-
-    def give_back(self) -> None:
-        for owner, forward in zip(self._owners, self._forwards, strict=True):
-            if forward is None:
-                vars(owner).pop("forward", None)
-            else:
-                owner.forward = forward
-            for mark in self.MARKS:
-                vars(owner).pop(mark, None)
-        if self._routers is not None:
-            self._config.output_router_logits = self._routers
 
 
 @contextlib.contextmanager
