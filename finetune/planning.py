@@ -134,7 +134,6 @@ def outcome(config: Config, base: Base, amount: Amount, card: Card) -> Outcome:
     changes: tuple[str, ...] = ()
     fit = chosen_fit(config, setup, amount, card)
     if fit is None:
-        effective = config.train.micro_batch_size * config.train.gradient_accumulation_steps
         wish = Wish(
             setup,
             amount,
@@ -143,7 +142,7 @@ def outcome(config: Config, base: Base, amount: Amount, card: Card) -> Outcome:
             recomputed=kept_recomputed(config, base.shape.layers),
             offload=kept_offload(config),
         )
-        changed = changes_that_fit(wish, effective, budget(card), card, evaluated=evaluates(config))
+        changed = changes_that_fit(wish, config.train.effective_batch, budget(card), card, evaluated=evaluates(config))
         if changed is None:
             return Outcome(card, setup, None)
         setup, amount, fit, changes = changed.wish.setup, changed.wish.amount, changed.fit, changed.changes

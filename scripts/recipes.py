@@ -17,9 +17,8 @@ from finetune.config.load import load
 from finetune.config.schema import Config
 from finetune.plan.bases import shape_for
 from finetune.plan.estimate import expected_kernels, setup_of
-from finetune.plan.fit import evaluation_bytes
 from finetune.plan.gpus import card_of_vram
-from finetune.plan.memory import training_memory
+from finetune.plan.memory import evaluation_memory, training_memory
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -72,7 +71,7 @@ def memory(path: Path, config: Config) -> tuple[int, dict[str, int], int]:
         "logits": found.logits,
         "CUDA": found.context,
     }
-    return found.total, parts, evaluation_bytes(setup)
+    return found.total, parts, evaluation_memory(setup)
 
 
 def gigabytes(count: int) -> str:

@@ -64,7 +64,7 @@ def within(tensors: int) -> int:
 def least_fit(config: Config, data: PreparedData, shape: str, hardware: Hardware) -> tuple[Fit, int]:
     """The cut of a step that takes least memory, and the bytes of tensors that the plan gives it."""
     setup = setup_for(config, data, shape, hardware)
-    effective = config.train.micro_batch_size * config.train.gradient_accumulation_steps
+    effective = config.train.effective_batch
     fit = Fit(1, effective, setup.shape.layers, True)
     plan = training_memory(cut_as(setup, fit))
     return fit, plan.total - plan.context

@@ -209,8 +209,8 @@ class Train(Section):
     and none on a CPU, where memory is not what is scarce."""
 
     offload: bool | Literal["auto"] = "auto"
-    """Let what recomputation starts from (one tensor a layer) wait in the machine's own memory. `auto` does so where a
-    single sequence would not fit otherwise."""
+    """Let what recomputation starts from (one tensor a layer) wait in the machine's own memory. `auto` leaves that to
+    `fit: auto`, and does so where memory runs out all the same."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seeds the adapter's initialisation, the order of the rows, the held-out split and dropout."""
@@ -225,6 +225,11 @@ class Train(Section):
 
     log_every: PositiveInt | None = None
     """Write a line of metrics every so many optimizer steps. Not given: 100 times over the run, at least."""
+
+    @property
+    def effective_batch(self) -> int:
+        """Sequences in an optimizer step."""
+        return self.micro_batch_size * self.gradient_accumulation_steps
 
 
 class Speed(Section):

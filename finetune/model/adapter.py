@@ -23,12 +23,9 @@ OUTPUT_HEADS = ("lm_head", "embed_out")
 def check_targets(config: Config, folder: Path, place: str | None = None) -> None:
     """Every name in `lora.targets` must be a layer of the base. Reads tensor names only, so it needs no torch.
 
-    Does nothing where the names are not known yet (a Hub base of one file that is not downloaded).
+    Names that are not known yet (a Hub base of one file that is not downloaded) are believed; the output head is not.
     """
     if isinstance(config.lora.targets, str):
-        return
-    names = _layer_names(folder)
-    if not names:
         return
     for target in config.lora.targets:
         if target in OUTPUT_HEADS:
@@ -37,6 +34,10 @@ def check_targets(config: Config, folder: Path, place: str | None = None) -> Non
                 place=place,
                 hint="leave it out: the loss is computed from the head's own weights, so it would never be trained",
             )
+    names = _layer_names(folder)
+    if not names:
+        return
+    for target in config.lora.targets:
         if target not in names:
             close = get_close_matches(target, names, n=1, cutoff=0.4)
             known = ", ".join(sorted(names))

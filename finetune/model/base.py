@@ -66,7 +66,7 @@ def load_base(config: Config, folder: Path, hardware: Hardware) -> LoadedModel:
 def _attention(config: PretrainedConfig) -> str:
     """torch's fused attention, or the model's own where that cannot do what the model needs (Gemma 2 caps its scores).
 
-    Both keep packed rows apart (tests/train/test_batches.py).
+    Neither keeps the packed rows of every family apart: `model/kernels/layout.py` tries that on the model.
     """
     from transformers import AutoModelForCausalLM
 

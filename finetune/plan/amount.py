@@ -144,7 +144,7 @@ def steps_in_all(sequences: int, train: Train) -> int:
 
 def sequences_in(steps: int, sequences: int, train: Train) -> int:
     """Sequences that so many steps train on: an epoch's last step may be short of some."""
-    in_a_step = train.micro_batch_size * train.gradient_accumulation_steps
+    in_a_step = train.effective_batch
     epochs, rest = divmod(steps, math.ceil(sequences / in_a_step))
     return epochs * sequences + min(sequences, rest * in_a_step)
 

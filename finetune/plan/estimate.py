@@ -8,9 +8,9 @@ from typing import Any, Literal
 from finetune.config.schema import Config
 from finetune.plan.amount import Amount, sequences_in, steps_in_all, typical
 from finetune.plan.disk import Disk, Ram, disk_of, ram_of
-from finetune.plan.fit import budget, cut_as, evaluation_bytes, fitted
+from finetune.plan.fit import budget, cut_as, fitted
 from finetune.plan.gpus import Card
-from finetune.plan.memory import Memory, training_memory
+from finetune.plan.memory import Memory, evaluation_memory, training_memory
 from finetune.plan.setup import HEAD, Fit, Kernels, Setup, Shape
 from finetune.plan.time import work_of
 
@@ -174,12 +174,12 @@ def chosen_fit(config: Config, setup: Setup, amount: Amount, card: Card) -> Fit 
         fit = as_written(config, setup.shape.layers, "cuda")
         needed = training_memory(cut_as(setup, fit, amount)).total
         if evaluates(config):
-            needed = max(needed, evaluation_bytes(setup))
+            needed = max(needed, evaluation_memory(setup))
         return fit if needed <= budget(card) else None
     return fitted(
         setup,
         amount,
-        train.micro_batch_size * train.gradient_accumulation_steps,
+        train.effective_batch,
         budget(card),
         card,
         evaluated=evaluates(config),
@@ -194,7 +194,6 @@ def estimate(config: Config, setup: Setup, amount: Amount, card: Card, *, stored
     stored_bytes  of a parameter in the base's files; here: whether these are on this machine already
     """
     train = config.train
-    effective = train.micro_batch_size * train.gradient_accumulation_steps
     memory = training_memory(setup)
     steps = steps_in_all(amount.sequences, train)
     sequences = sequences_in(steps, amount.sequences, train)
@@ -202,9 +201,9 @@ def estimate(config: Config, setup: Setup, amount: Amount, card: Card, *, stored
     hours = seconds / 3600
     return Estimate(
         card=card.label,
-        fit=Fit(setup.micro_batch, effective // setup.micro_batch, setup.recomputed, setup.offload),
+        fit=Fit(setup.micro_batch, train.effective_batch // setup.micro_batch, setup.recomputed, setup.offload),
         memory=memory,
-        evaluation=evaluation_bytes(setup) if evaluates(config) else 0,
+        evaluation=evaluation_memory(setup) if evaluates(config) else 0,
         available=budget(card),
         steps=steps,
         tokens=round(amount.tokens / amount.sequences * sequences),

@@ -61,7 +61,7 @@ def candidates(
 ) -> tuple[Candidate, ...]:
     """Every cut of a step of `effective_batch` sequences, as far as it is not kept as it is."""
     found = []
-    evaluation = evaluation_bytes(setup) if evaluated else 0
+    evaluation = evaluation_memory(setup) if evaluated else 0
     sizes = [size for size in range(1, min(effective_batch, LARGEST) + 1) if effective_batch % size == 0]
     layers = setup.shape.layers
     counts = {*range(0, layers, math.ceil(layers / DEPTHS)), layers} if keep_recomputed is None else {keep_recomputed}
@@ -73,11 +73,6 @@ def candidates(
                 cut = cut_as(setup, fit, amount)
                 found.append(Candidate(fit, max(evaluation, training_memory(cut).total), work_of(typical(cut, amount))))
     return tuple(found)
-
-
-def evaluation_bytes(setup: Setup) -> int:
-    """The evaluation's peak with one row at a time, as long as the longest of training: what has to fit."""
-    return evaluation_memory(setup)
 
 
 def cut_as(setup: Setup, fit: Fit, amount: Amount | None = None) -> Setup:

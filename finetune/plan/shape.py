@@ -225,23 +225,9 @@ def _gpt_neox(facts: Facts, model_type: str) -> Shape:
         Linear("dense_h_to_4h", hidden, intermediate, True),
         Linear("dense_4h_to_h", intermediate, hidden, True),
     )
-    return Shape(
-        model_type=model_type,
-        hidden=hidden,
-        layers=facts.number("num_hidden_layers"),
-        heads=heads,
-        kv_heads=heads,
-        head_dim=head_dim,
-        intermediate=intermediate,
-        vocabulary=facts.number("vocab_size"),
-        tied=facts.flag("tie_word_embeddings"),
-        context=facts.number("max_position_embeddings"),
-        window=None,
-        linears=linears,
-        vectors=2 * 2 * hidden + _biases(linears),
-        outside=2 * hidden,
-        gated=False,
-        parallel=facts.flag("use_parallel_residual"),
+    parallel = facts.flag("use_parallel_residual")
+    return _with_layer_norms(
+        facts, model_type, hidden, (heads, heads, head_dim), intermediate, linears, norms=2, parallel=parallel
     )
 
 
@@ -271,11 +257,33 @@ def _falcon(facts: Facts, model_type: str) -> Shape:
     )
     linears = tuple(Linear(name, inputs, outputs, bias) for name, inputs, outputs in shapes)
     two_norms = not parallel or facts.number("num_ln_in_parallel_attn", 2 if new else 1) == 2
+    norms = 2 if two_norms else 1
+    return _with_layer_norms(
+        facts, model_type, hidden, (heads, kv_heads, head_dim), intermediate, linears, norms, parallel=parallel or new
+    )
+
+
+def _with_layer_norms(
+    facts: Facts,
+    model_type: str,
+    hidden: int,
+    heads: tuple[int, int, int],
+    intermediate: int,
+    linears: tuple[Linear, ...],
+    norms: int,
+    *,
+    parallel: bool,
+) -> Shape:
+    """A model whose norms have a weight and a bias, and whose MLP has no gate.
+
+    heads  of queries, of keys, and the width of each; norms: of one block, beside the last one of the model
+    """
+    query_heads, kv_heads, head_dim = heads
     return Shape(
         model_type=model_type,
         hidden=hidden,
         layers=facts.number("num_hidden_layers"),
-        heads=heads,
+        heads=query_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate=intermediate,
@@ -284,10 +292,10 @@ def _falcon(facts: Facts, model_type: str) -> Shape:
         context=facts.number("max_position_embeddings"),
         window=None,
         linears=linears,
-        vectors=(2 if two_norms else 1) * 2 * hidden + _biases(linears),
+        vectors=norms * 2 * hidden + _biases(linears),
         outside=2 * hidden,
         gated=False,
-        parallel=parallel or new,
+        parallel=parallel,
     )
 
 

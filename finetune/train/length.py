@@ -48,9 +48,7 @@ def remembered(config: Config, run: RunFolder) -> Fit | None:
     if not all(type(number) is int for number in numbers.values()):
         return None
     fit = Fit(**numbers, offload=used.get("offload") is True)
-    same = (
-        fit.micro_batch * fit.accumulation == config.train.micro_batch_size * config.train.gradient_accumulation_steps
-    )
+    same = fit.micro_batch * fit.accumulation == config.train.effective_batch
     return fit if same and fit.micro_batch > 0 and fit.recomputed >= 0 else None
 
 

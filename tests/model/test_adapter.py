@@ -36,3 +36,7 @@ def test_an_adapter_on_the_output_head_is_refused_before_anything_is_loaded(tmp_
     with pytest.raises(ConfigError, match=r"lm_head is the output head, which gets no adapter") as caught:
         check_targets(Config.model_validate(values), tmp_path, "x.yaml:7")
     assert caught.value.problems[0].place == "x.yaml:7"
+    # Also of a base whose layers are not known yet.
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"lm_head is the output head"):
+        check_targets(Config.model_validate(values), tmp_path, "x.yaml:7")

@@ -17,13 +17,12 @@ from finetune.plan.fit import (
     candidates,
     changes_that_fit,
     cut_as,
-    evaluation_bytes,
     fitted,
     largest_micro_batch,
     longest_sequence,
 )
 from finetune.plan.gpus import GIB, Card, cards, find_card
-from finetune.plan.memory import training_memory
+from finetune.plan.memory import evaluation_memory, training_memory
 from finetune.plan.setup import Fit, Kernels, Setup
 from finetune.plan.shape import shape_of
 
@@ -163,7 +162,7 @@ def test_absurd_numbers_take_no_longer() -> None:
 
 def test_the_evaluation_has_to_fit_too() -> None:
     setup = setup_for()
-    evaluation = evaluation_bytes(setup)
+    evaluation = evaluation_memory(setup)
     smallest = training_memory(replace(setup, micro_batch=1, offload=True)).total
     assert fit(setup, max(evaluation, smallest), evaluated=True) is not None
     assert fit(setup, evaluation - 1, evaluated=True) is None
